@@ -1,0 +1,431 @@
+"""Puts the parts together: from a run file to a finished run. Used by the command line and from Python.
+
+`run_search`, `resume_search`, `merge_model` and `evaluate_model` are the public functions; `Run` is an opened run directory.
+
+Imports: everything; nothing but `cli` imports this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from evomerge.config import LoadedConfig, StageConfig, differences, load_config
+from evomerge.engine.base import Engine
+from evomerge.errors import RunDirError, SourceError
+from evomerge.evaluate.evaluator import evaluate, subset
+from evomerge.evaluate.items import Split
+from evomerge.evaluate.records import ItemStore
+from evomerge.evaluate.score import Score, aggregate, score_tasks
+from evomerge.evaluate.task import Suite
+from evomerge.export.bundle import export_model, export_recipe, model_card
+from evomerge.export.recipe_file import read_recipe
+from evomerge.merge.methods import SPECS
+from evomerge.recipe import Recipe
+from evomerge.report.outcome import as_json, as_markdown
+from evomerge.sources.layout import Layout
+from evomerge.sources.reference import SourceRef
+from evomerge.sources.source_set import SourceSet
+from evomerge.space import Family
+from evomerge.study.budget import Budget, seconds_of
+from evomerge.study.final import Final, Result
+from evomerge.study.fixed import fixed_recipes
+from evomerge.study.scoring import Scorebook
+from evomerge.study.storage import JOURNAL, TrialLog
+from evomerge.study.study import Observer, Plan, Stage, Study
+
+CONFIG = "config.json"  # what a run was started with, in its directory
+PACKAGES = ("evomerge", "torch", "transformers", "optuna", "cma", "cmaes")
+Say = Callable[[str], None]
+
+
+def _silent(message: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run file names, opened and checked; nothing expensive has happened yet."""
+
+    loaded: LoadedConfig
+    sources: SourceSet
+    layout: Layout
+    family: Family
+    suite: Suite
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def open(cls, loaded: LoadedConfig) -> Parts:
+        """Open sources, items and spaces.
+
+        Raises:
+            ConfigError, SourceError, FitnessError: what is wrong, and where.
+        """
+        config = loaded.config
+        limits = {split: n for split, n in config.items.model_dump().items() if n is not None}
+        suite = Suite.load(loaded.fitness(), limits)
+        sources = SourceSet.open(loaded.base(), loaded.models())
+        layout = sources.layout(config.modules)
+        family = family_of(sources, layout, config.seed)
+        return cls(loaded, sources, layout, family, suite, tuple(_stages(loaded, family)))
+
+
+def family_of(sources: SourceSet, layout: Layout, seed: int = 0) -> Family:
+    """The family that `sources` form: which model may change which cell."""
+    changes = {
+        model: {layout.cell(name) for name in layout.tensors if sources.may_change(model, name)}
+        for model in sources.models
+    }
+    return Family(layout, changes, SPECS, base=sources.base_name, seed=seed)
+
+
+def _stages(loaded: LoadedConfig, family: Family) -> list[Stage]:
+    configs: list[StageConfig] = list(loaded.config.search.stages)
+    total = sum(stage.share for stage in configs)
+    stages, share = [], 0.0
+    for index, stage in enumerate(configs):
+        name, space, where = loaded.space(stage, index)
+        share += stage.share / total
+        until = 1.0 if index == len(configs) - 1 else share
+        stages.append(Stage(name, space.bind(family, where), stage.sigma, until))
+    return stages
+
+
+def make_engine(parts: Parts) -> Engine:
+    """The engine that the run file asks for, with the base model's weights."""
+    config = parts.loaded.config.engine
+    return transformers_engine(
+        parts.sources,
+        parts.layout,
+        device=config.device,
+        dtype=config.dtype,
+        batch_tokens=config.batch_tokens,
+        cache_gb=config.cache_gb,
+    )
+
+
+def transformers_engine(
+    sources: SourceSet,
+    layout: Layout,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_tokens: int = 4096,
+    cache_gb: float | None = None,
+) -> Engine:
+    """A transformers engine; `cache_gb` None lets task vectors take half of the free memory."""
+    from evomerge.engine.transformers_engine import TransformersEngine, pick_device
+    from evomerge.merge.merger import Merger
+
+    device = pick_device(device)
+    merger = Merger(sources, device=device, cache_bytes=cache_bytes(cache_gb))
+    folder = sources.folders[sources.base_name]
+    return TransformersEngine(folder, merger, layout, device=device, dtype=dtype, batch_tokens=batch_tokens)
+
+
+def cache_bytes(cache_gb: float | None) -> int:
+    """Bytes that cached task vectors may take: as asked, or half of the memory that is free now."""
+    if cache_gb is not None:
+        return int(cache_gb * 1e9)
+    import psutil
+
+    return int(psutil.virtual_memory().available) // 2
+
+
+class Run:
+    """An opened run directory; a context manager, because it is locked while it is open.
+
+    Args:
+        parts: what the run file names.
+        resume: whether an earlier process has begun this run.
+        say: told of warnings and progress, one line each.
+
+    Raises:
+        RunDirError: the directory is in use, cannot be written, exists already (without `resume`), or
+            belongs to another configuration (with it).
+    """
+
+    def __init__(self, parts: Parts, *, resume: bool = False, say: Say = _silent) -> None:
+        self.parts, self.say = parts, say
+        self.folder = parts.loaded.run_dir
+        self._stack = ExitStack()
+        begun = (self.folder / CONFIG).exists()
+        if begun and not resume:
+            raise RunDirError(
+                f"{self.folder}: a run was begun here; go on with `evomerge resume {self.folder}`, "
+                "or give the run file another name or `run_dir`"
+            )
+        if resume and not begun:
+            raise RunDirError(f"{self.folder}: no run was begun here; start one with `evomerge search`")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._stack.enter_context(_locked(self.folder))
+            self._check_or_write_config(begun)
+        except OSError as error:
+            self._stack.close()
+            raise RunDirError(
+                f"{self.folder}: cannot be written ({error.strerror}); choose another `run_dir`"
+            ) from error
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def search(self, engine: Engine, observer: Observer | None = None) -> Result:
+        """Search, select, prove, export; goes on where an earlier process stopped."""
+        config = self.parts.loaded.config
+        location = config.storage or str(self.folder / JOURNAL)
+        log = TrialLog(location, self.parts.loaded.name, exclusive=config.storage is None)
+        self._stack.callback(log.close)
+        book = Scorebook(engine, self.parts.suite, ItemStore(self.folder / "items"), self.say)
+        plan = self._plan(log)
+        study = Study(plan, self.parts.suite, book, log, observer)
+        log.note("engine", dict(engine.info))
+        study.run()
+        (observer or Observer()).begin(study, "final")
+        final = Final(study, book, top=config.selection.top, progress=self.say)
+        result = final.run()
+        self._write_outcome(study, result, engine)
+        self._export(result)
+        return result
+
+    def _plan(self, log: TrialLog) -> Plan:
+        config = self.parts.loaded.config
+        fixed = fixed_recipes(
+            self.parts.family, scales=config.fixed.scales, subset_scales=config.fixed.subset_scales
+        )
+        sizes = self.parts.suite.sizes().values()
+        final_items = (config.selection.top + 1) * sum(task["selection"] for task in sizes)
+        final_items += (len(fixed) + 1) * sum(task["held_out"] for task in sizes)
+        return Plan(
+            fixed=fixed,
+            stages=self.parts.stages,
+            optimizer=config.search.optimizer,
+            budget=self._budget(log),
+            seed=config.seed,
+            population_size=config.search.population_size,
+            options=config.search.options,
+            screen=config.fixed.screen_items,
+            promote=config.fixed.promote,
+            reserve=lambda seconds_per_item: final_items * seconds_per_item + EXPORT_SECONDS,
+        )
+
+    def _budget(self, log: TrialLog) -> Budget:
+        """The limits; a time of day is fixed when the run first starts."""
+        budget = self.parts.loaded.config.budget
+        seconds = log.notes().get("budget_seconds")
+        if seconds is None and budget.time is not None:
+            seconds = seconds_of(budget.time, datetime.now())
+            log.note("budget_seconds", seconds)
+        return Budget(budget.trials, seconds, budget.item_evaluations)
+
+    def _check_or_write_config(self, begun: bool) -> None:
+        now = {
+            "config": self.parts.loaded.frozen(),
+            "run_file": str(self.parts.loaded.path.resolve()),
+            "sources": self.parts.sources.hashes(),
+            "items": self.parts.suite.digest,
+        }
+        path = self.folder / CONFIG
+        if not begun:
+            document = {**now, "versions": versions(), "started": datetime.now().isoformat("T", "seconds")}
+            temporary = path.with_suffix(".partial")
+            temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+            temporary.replace(path)
+            return
+        then = json.loads(path.read_text(encoding="utf-8"))
+        keys = ("config", "sources", "items")
+        lines = differences({key: then[key] for key in keys}, {key: now[key] for key in keys})
+        if lines:
+            shown = "\n  ".join(lines)
+            raise RunDirError(
+                f"{self.folder}: the run was begun with another configuration (then -> now):\n  {shown}\n"
+                "Undo the change to go on, or start a new run under another name"
+            )
+        changed = differences(then["versions"], versions())
+        if changed:
+            self.say(f"versions have changed since the run began: {'; '.join(changed)}")
+
+    def _write_outcome(self, study: Study, result: Result, engine: Engine) -> None:
+        info = ", ".join(f"{key} {value}" for key, value in engine.info.items())
+        spent = study.spent
+        facts = {
+            "trials": spent.trials,
+            "calibration item evaluations": spent.items,
+            "search time": f"{spent.seconds:.0f} s",
+            "engine": info,
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        }
+        (self.folder / "outcome.md").write_text(as_markdown(result, facts), encoding="utf-8")
+        (self.folder / "outcome.json").write_text(
+            json.dumps({**as_json(result), "facts": facts}, indent=1), encoding="utf-8"
+        )
+
+    def _export(self, result: Result) -> None:
+        parts, winner = self.parts, result.winner
+        best = self.folder / "best"
+        for note in export_recipe(best, winner.recipe, parts.sources, parts.layout, result):
+            self.say(note)
+        if parts.loaded.config.export.model and not (best / "model").exists():
+            export_model(
+                best / "model",
+                winner.recipe,
+                parts.sources,
+                parts.layout,
+                max_shard_bytes=int(parts.loaded.config.export.max_shard_gb * 1e9),
+                card=model_card(parts.loaded.name, winner.recipe, parts.sources, result),
+            )
+
+
+EXPORT_SECONDS = 10.0  # kept back for writing the outcome and the recipes
+
+
+def _locked(folder: Path) -> FileLock:
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunDirError(
+            f"{folder}: another process is using this run directory; wait for it or stop it"
+        ) from error
+    return lock
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's results depend on."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def run_search(
+    config: LoadedConfig | Path | str,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    say: Say = _silent,
+) -> Result:
+    """Run a run file from start to end, or go on with a stopped run.
+
+    Args:
+        config: a run file.
+        resume: go on; the configuration must be the one that the run was begun with.
+        observer: told of every trial.
+        say: told of progress and warnings, one line each.
+
+    Raises:
+        EvomergeError: what is wrong, and what to change.
+    """
+    loaded = config if isinstance(config, LoadedConfig) else load_config(config)
+    parts = Parts.open(loaded)
+    with Run(parts, resume=resume, say=say) as run:
+        engine = make_engine(parts)
+        try:
+            return run.search(engine, observer)
+        finally:
+            engine.close()
+
+
+def resume_search(run_dir: Path | str, *, observer: Observer | None = None, say: Say = _silent) -> Result:
+    """Go on with the run in `run_dir`, with the run file that it was begun with."""
+    return run_search(config_of(Path(run_dir)), resume=True, observer=observer, say=say)
+
+
+def config_of(run_dir: Path) -> LoadedConfig:
+    """The run file of a run directory.
+
+    Raises:
+        RunDirError: no run was begun there.
+    """
+    try:
+        document = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunDirError(f"{run_dir}: no run was begun here ({CONFIG}: {error})") from error
+    path = Path(document["run_file"])
+    loaded = load_config(path)
+    if loaded.run_dir.resolve() != run_dir.resolve():
+        raise RunDirError(
+            f"{run_dir}: its run file {path} now writes to {loaded.run_dir}; set `run_dir` back to go on"
+        )
+    return loaded
+
+
+def open_recipe(path: Path, *, changed: bool = False) -> tuple[Recipe, SourceSet, Layout]:
+    """A recipe file with its sources.
+
+    Args:
+        path: our `recipe.yaml`.
+        changed: accept sources whose content is not what the recipe was scored with.
+
+    Raises:
+        RecipeError: the recipe is wrong, or a source has changed.
+        SourceError: a source cannot be read.
+    """
+    recipe, refs, hashes = read_recipe(path)
+    base = refs.pop(recipe.base)
+    sources = SourceSet.open(base, refs, recipe.base)
+    if not changed:
+        for name, found in sources.hashes().items():
+            if hashes.get(name, found) != found:
+                raise SourceError(
+                    f"{path}: source `{name}` has SHA-256 {found[:12]}, but the recipe was made with "
+                    f"{hashes[name][:12]}; restore it, or pass --allow-changed to merge what is there"
+                )
+    return recipe, sources, sources.layout(recipe.modules)
+
+
+def merge_model(
+    recipe: Path | str, out: Path | str, *, max_shard_gb: float = 5.0, allow_changed: bool = False
+) -> Path:
+    """Merge a recipe file into a model folder; returns the folder.
+
+    Raises:
+        EvomergeError: what is wrong, and what to change.
+    """
+    opened, sources, layout = open_recipe(Path(recipe), changed=allow_changed)
+    return export_model(Path(out), opened, sources, layout, max_shard_bytes=int(max_shard_gb * 1e9))
+
+
+def evaluate_model(
+    model: Path | str,
+    fitness: Path | str,
+    *,
+    split: Split = "selection",
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> tuple[Mapping[str, Score], float]:
+    """Scores per task and fitness of a model folder, a hub id or a recipe file, on one split.
+
+    Raises:
+        EvomergeError: what is wrong, and what to change.
+    """
+    suite = Suite.load(fitness, {split: limit} if limit else None)
+    text = str(model)
+    if text.endswith((".yaml", ".yml")):
+        recipe, sources, layout = open_recipe(Path(text))
+    else:
+        sources = SourceSet.open(SourceRef(model=text), {})
+        layout, recipe = sources.layout(), Recipe(sources.base_name, (), {})
+    engine = transformers_engine(sources, layout, device=device, dtype=dtype)
+    try:
+        engine.load(recipe)
+        with suite.unsealed():
+            scores = score_tasks(evaluate(engine, suite, subset(suite, split)))
+    finally:
+        engine.close()
+    # Without a run there is no best source to normalise by.
+    kind = "mean" if suite.aggregate == "normalized" else suite.aggregate
+    return scores, aggregate(scores, suite.weights, kind).value

@@ -1,0 +1,1 @@
+"""Engines: what holds a candidate's weights and answers requests with them."""

@@ -1,0 +1,1 @@
+"""Tasks, scorers and statistics: from completions to a fitness with its error bar."""

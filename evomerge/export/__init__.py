@@ -1,0 +1,1 @@
+"""What a finished run leaves behind: recipe, mergekit YAML, model folder."""

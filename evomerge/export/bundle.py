@@ -1,0 +1,113 @@
+"""Everything a finished run leaves behind in `best/`: recipe, mergekit YAML and, if asked for, the model.
+
+Imports: `merge`, `sources`, `study.final`, `report.outcome`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import ExportError
+from evomerge.export.mergekit import mergekit_documents, mergekit_text, places, torch_dtype_name
+from evomerge.export.recipe_file import dump_yaml, recipe_document, write_yaml
+from evomerge.merge.merger import Merger
+from evomerge.merge.methods import SPECS
+from evomerge.merge.plan import MergePlan
+from evomerge.merge.writer import write_model
+from evomerge.recipe import Recipe
+from evomerge.report.outcome import headline, markdown_table, table
+from evomerge.sources.layout import Layout
+from evomerge.sources.source_set import SourceSet
+from evomerge.study.final import Result
+
+
+def export_recipe(
+    folder: Path, recipe: Recipe, sources: SourceSet, layout: Layout, result: Result
+) -> list[str]:
+    """Write `recipe.yaml` and `mergekit.yaml`; returns notes for the user (what mergekit cannot do)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(
+        folder / "recipe.yaml",
+        recipe_document(recipe, sources, scores_of(result)),
+        f"{headline(result)}\nMerge with: evomerge merge recipe.yaml OUT",
+    )
+    target = folder / "mergekit.yaml"
+    target.unlink(missing_ok=True)
+    folders = {name: str(path.resolve()) for name, path in sources.folders.items()}
+    where = places(recipe, sources.refs, folders)
+    try:
+        documents = mergekit_documents(recipe, layout, SPECS, where, base_dtype(sources))
+    except ExportError as error:
+        return [str(error)]
+    target.write_text(mergekit_text(documents, SPECS), encoding="utf-8")
+    if any(SPECS[d["merge_method"]].random for d in documents):
+        return ["mergekit draws other random masks; only `evomerge merge` gives the weights that were scored"]
+    return []
+
+
+def export_model(
+    folder: Path,
+    recipe: Recipe,
+    sources: SourceSet,
+    layout: Layout,
+    *,
+    max_shard_bytes: int,
+    card: str | None = None,
+) -> Path:
+    """Merge `recipe` and write it as a model folder; tensors are streamed, one shard in memory at a time.
+
+    Raises:
+        RecipeError: a method refuses its parameters, or the merged weights are not finite.
+        ExportError: the folder is in use, or the disk is too small.
+    """
+    plan = MergePlan.compile(recipe, layout, SPECS)
+    merger = Merger(sources, cache_bytes=0)
+    return write_model(
+        folder,
+        merger.materialize(plan),
+        sources.folders[recipe.base],
+        max_shard_bytes=max_shard_bytes,
+        card=card if card is not None else model_card(folder.name, recipe, sources),
+        metadata={"evomerge_recipe": recipe.digest},
+    )
+
+
+def base_dtype(sources: SourceSet) -> str:
+    """Torch name of the dtype of the base's largest tensor."""
+    largest = max(sources.base.tensors.values(), key=lambda info: info.nbytes)
+    return torch_dtype_name(largest.dtype)
+
+
+def scores_of(result: Result) -> dict[str, Any]:
+    """The winner's scores for its recipe file."""
+    winner = result.winner
+    scores: dict[str, Any] = {}
+    if winner.calibration is not None:
+        scores["calibration"] = round(winner.calibration, 6)
+    if winner.selection is not None:
+        scores["selection"] = round(winner.selection.value, 6)
+    if winner.held_out is not None:
+        scores["held_out"] = {
+            "fitness": round(winner.held_out.value, 6),
+            "interval": [round(winner.held_out.low, 6), round(winner.held_out.high, 6)],
+            "items": result.items["held_out"],
+            "tasks": {task: round(score.mean, 6) for task, score in (winner.tasks or {}).items()},
+        }
+    return scores
+
+
+def model_card(name: str, recipe: Recipe, sources: SourceSet, result: Result | None = None) -> str:
+    """The model folder's README: sources, recipe and, where there is a run, the table of scores."""
+    document = recipe_document(recipe, sources)
+    rows = [
+        f"- `{name}`: {row.get('model') or row.get('adapter')}" for name, row in document["sources"].items()
+    ]
+    scores = ""
+    if result is not None:
+        scores = f"\n## Scores\n\n{headline(result)}\n\n{markdown_table(*table(result))}\n"
+    return (
+        "---\nlibrary_name: transformers\ntags:\n- merge\n- evomerge\n---\n\n"
+        f"# {name}\n\nA merge made with evomerge.\n\n## Sources\n\n" + "\n".join(rows) + "\n"
+        f"{scores}\n## Recipe\n\n```yaml\n{dump_yaml(document)}```\n"
+    )

@@ -1,0 +1,38 @@
+"""A cheap checksum of tensors, to see whether an engine holds what the merger made (promise 4).
+
+The checksum reads bit patterns, so it is exact for every dtype and device, and it weighs each element by
+its position (modulo a prime), so that swapped elements show. It is no protection against intent.
+
+Imports: torch (inside the functions).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLES = 65_536  # elements read per tensor: all of a small one, evenly strided in a large one
+_PRIME = 8191
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Checksum of up to `SAMPLES` elements of a tensor of any shape, dtype and device."""
+    import torch
+
+    flat = tensor.detach().reshape(-1)
+    stride = max(1, -(-flat.numel() // SAMPLES))
+    sample = flat[::stride].contiguous()
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[sample.element_size()]
+    bits = sample.view(words).to(torch.int64)
+    weight = torch.arange(bits.numel(), device=bits.device) % _PRIME + 1
+    return int((bits * weight).sum())
+
+
+def combine(checksums: Mapping[str, int]) -> str:
+    """One hexadecimal fingerprint of many tensors, independent of their order."""
+    text = "\n".join(f"{name} {value}" for name, value in sorted(checksums.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

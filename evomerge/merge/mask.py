@@ -1,0 +1,81 @@
+"""Random keep-masks without a generator: entry i is kept when a hash of (seed, i) is below the density.
+
+A mask is a pure function of (seed, flat index of the whole tensor). So the order in which tensors are
+merged, chunking, the device and a shard's offset cannot change it, and for one seed the kept sets are nested
+in the density: a larger density keeps all that a smaller one keeps.
+
+Imports: torch only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+BLOCK = 32_000  # entries hashed at once: temporaries stay in cache; it cannot change a mask
+_WORD = 1 << 32
+
+
+def keep_mask(
+    seed: int,
+    density: float,
+    n: int,
+    *,
+    start: int = 0,
+    device: torch.device | str = "cpu",
+    block: int = BLOCK,
+) -> torch.Tensor:
+    """Which of the entries [start, start + n) of a flat tensor are kept.
+
+    Args:
+        seed: in [0, 2**32); `Recipe.seed_for(model, tensor)`.
+        density: probability of an entry to be kept, in (0, 1]; resolved to 2**-32.
+        n: number of entries.
+        start: flat index of the first entry, for a shard of a larger tensor. Indices repeat after 2**32.
+        device: where the mask is made.
+        block: entries hashed at once.
+
+    Returns:
+        `(n,)` bool.
+    """
+    keep = torch.ones(n, dtype=torch.bool, device=device)
+    limit = round(density * _WORD) - _WORD // 2
+    if limit >= _WORD // 2:
+        return keep
+    keys = _keys(seed)
+    index = torch.arange(min(block, n), dtype=torch.int32, device=device)
+    scratch = torch.empty((2, index.numel()), dtype=torch.int32, device=device)
+    for low in range(0, n, block):
+        part = keep[low : low + block]
+        x, shifted = scratch[:, : part.numel()]
+        torch.add(index[: part.numel()], _int32(start + low + keys[0]), out=x)
+        torch.lt(_mix(x, shifted, keys[1]), limit, out=part)
+    return keep
+
+
+def _mix(x: torch.Tensor, shifted: torch.Tensor, key: int) -> torch.Tensor:
+    """Hash `x` in place, int32 with wrap-around; its high bits, which decide a comparison, are well mixed.
+
+    The multipliers are those of lowbias32 (Wellons 2018, "Prospecting for Hash Functions"). Its last
+    xor-shift changes only the low 16 bits and is left out; `key` enters between the rounds, so that two
+    seeds are not one sequence shifted.
+    """
+    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        torch.bitwise_right_shift(x, shift, out=shifted)  # copies the sign bit: cut it off
+        x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))
+        x.mul_(_int32(multiplier))
+        if shift == 16:
+            x.bitwise_xor_(_int32(key))
+    return x
+
+
+def _keys(seed: int) -> tuple[int, int]:
+    """Two unrelated 32-bit words of a seed."""
+    digest = hashlib.sha256(seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def _int32(value: int) -> int:
+    """`value` modulo 2**32 as a signed 32-bit integer."""
+    return (value + _WORD // 2) % _WORD - _WORD // 2

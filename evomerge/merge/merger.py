@@ -1,0 +1,188 @@
+"""Carry a `MergePlan` out: yield merged tensors one after another, in the base checkpoint's dtype.
+
+Task vectors, and what methods derive from the sources alone (orders, norms), are kept between candidates as
+far as `cache_bytes` reaches, so that a candidate costs one pass over the task vectors that it uses. Tensors
+are merged in float32, in chunks that stay in the processor's cache, and cast once at the end.
+
+Imports: torch, `evomerge.merge`, `evomerge.errors`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Container, Hashable, Iterator
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+
+from evomerge.errors import RecipeError
+from evomerge.merge.methods import METHODS
+from evomerge.merge.methods._method import CHUNK, TensorInputs
+from evomerge.merge.plan import MergePlan, TensorOp
+
+T = TypeVar("T")
+
+DEVICE_CHUNK = 1 << 24  # entries per kernel call on an accelerator, where launching costs more than memory
+
+
+class TensorSources(Protocol):
+    """What a merger reads from."""
+
+    @property
+    def base_name(self) -> str:
+        """Name of the base model in recipes."""
+        ...
+
+    def base_tensor(self, name: str) -> torch.Tensor:
+        """The base model's tensor, in the checkpoint's dtype; not changed by the merger."""
+        ...
+
+    def delta(self, model: str, name: str) -> torch.Tensor | None:
+        """The float32 task vector of one model, None where it does not change the tensor."""
+        ...
+
+
+class Merger:
+    """Merges candidates from one set of sources. Not for use from several threads at once.
+
+    Args:
+        sources: the base model and the task vectors.
+        device: where tensors are merged and task vectors are kept.
+        cache_bytes: memory for task vectors and what is derived from them; 0 keeps nothing.
+    """
+
+    def __init__(
+        self, sources: TensorSources, *, device: torch.device | str = "cpu", cache_bytes: int = 0
+    ) -> None:
+        self._sources = sources
+        self._device = torch.device(device)
+        self._cache = _Cache(cache_bytes)
+        self._chunk = CHUNK if self._device.type == "cpu" else DEVICE_CHUNK
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory that the cache holds now."""
+        return self._cache.used
+
+    def materialize(
+        self, plan: MergePlan, only: Container[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield `(name, tensor)` in the order of the base checkpoint.
+
+        A tensor that the plan leaves as it is in the base is yielded without a copy: do not write to it.
+
+        Args:
+            plan: compiled for the same base model and models as the sources.
+            only: names of the tensors wanted; None for all.
+
+        Raises:
+            RecipeError: the plan is for another base, or a merged tensor has values that are not finite;
+                the message names the cell and the tensor.
+        """
+        if plan.base != self._sources.base_name:
+            raise RecipeError(
+                f"the recipe's base model is `{plan.base}`, but the sources' is `{self._sources.base_name}`; "
+                "merge the recipe with the sources that it was written for"
+            )
+        self._cache.begin_pass()
+        for op in plan.ops:
+            if only is None or op.tensor in only:
+                yield op.tensor, self._merge(op)
+
+    def _merge(self, op: TensorOp) -> torch.Tensor:
+        base = self._sources.base_tensor(op.tensor).to(self._device)
+        if not base.is_floating_point() or not op.setting.models or not base.numel():
+            return base
+        method = METHODS[op.setting.method]
+        deltas = [self._delta(model, op.tensor) for model in op.setting.models]
+        if all(delta is None for delta in deltas) and method.keeps_base(op.setting):
+            return base
+        inputs = TensorInputs(
+            base=base.reshape(-1),
+            deltas=deltas,
+            setting=op.setting,
+            dtype=torch.float32,
+            shape=tuple(base.shape),
+            seeds=op.seeds,
+            where=f"{op.cell}, tensor `{op.tensor}`",
+            chunk=self._chunk,
+            once=_Once(self._cache, op.tensor),
+        )
+        kernel = method.kernel(inputs)
+        merged = torch.empty_like(inputs.base)
+        work = inputs.scratch(1)[0]
+        check = torch.zeros((), device=self._device)
+        for low in range(0, merged.numel(), self._chunk):
+            high = min(low + self._chunk, merged.numel())
+            part = work[: high - low].copy_(inputs.base[low:high])
+            kernel(low, high, part)
+            check += merged[low:high].copy_(part).sum()
+        # one test per tensor; a finite tensor whose sum overflows is looked at again
+        if not check.isfinite() and not merged.isfinite().all():
+            raise RecipeError(
+                f"{inputs.where}: {op.setting.method} gives values that are not finite in {base.dtype}; "
+                "its weights are too large for this tensor, or a source holds such values"
+            )
+        return merged.reshape(base.shape)
+
+    def _delta(self, model: str, tensor: str) -> torch.Tensor | None:
+        def read() -> torch.Tensor | None:
+            delta = None if model == self._sources.base_name else self._sources.delta(model, tensor)
+            return None if delta is None else delta.to(self._device, torch.float32).reshape(-1)
+
+        return self._cache.get((tensor, "delta", model), read)
+
+
+class _Entry(NamedTuple):
+    value: object
+    size: int
+    used_in: int  # number of the pass that used it last
+
+
+class _Cache:
+    """Values by key within a limit of bytes; the least recently used go first.
+
+    A candidate is one pass over all tensors. Were an entry of the pass before pushed out by this pass, a
+    cache a little too small would never hit; so only entries that a whole pass has not used make room, and
+    what finds no room is not kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._pass = 0
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+
+    def begin_pass(self) -> None:
+        self._pass += 1
+
+    def get(self, key: Hashable, compute: Callable[[], T]) -> T:
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries[key] = entry._replace(used_in=self._pass)
+            self._entries.move_to_end(key)
+            return entry.value  # type: ignore[return-value]
+        value = compute()
+        size = int(getattr(value, "nbytes", 64))
+        self._make_room(size)
+        if self.used + size <= self.limit:
+            self._entries[key] = _Entry(value, size, self._pass)
+            self.used += size
+        return value
+
+    def _make_room(self, size: int) -> None:
+        while self._entries and self.used + size > self.limit:
+            oldest = next(iter(self._entries))
+            if self._entries[oldest].used_in >= self._pass - 1:
+                return
+            self.used -= self._entries.pop(oldest).size
+
+
+class _Once(NamedTuple):
+    """The cache as methods see it: their keys belong to one tensor."""
+
+    cache: _Cache
+    tensor: str
+
+    def __call__(self, key: Hashable, compute: Callable[[], T]) -> T:
+        return self.cache.get((self.tensor, "once", key), compute)

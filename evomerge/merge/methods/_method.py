@@ -1,0 +1,125 @@
+"""What a merge method is: a spec, and a function from one tensor's inputs to a kernel.
+
+A merge has two stages. First the method looks at whole tensors and settles every number that depends on all
+of their entries (norms, thresholds, masks); that stage returns a `Kernel`. The kernel then merges any range
+of entries on its own, so the caller walks a tensor in chunks that stay in cache, in any order, and gets the
+same bits whatever the chunk size.
+
+Everything is computed in `TensorInputs.dtype`, float32 in the merger; norms accumulate in float64.
+
+Imports: `evomerge.recipe`; torch inside functions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from evomerge.recipe import MethodSpec, Setting
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+# torch splits an elementwise CPU operation over threads from 32,768 entries on. Just below that, a chunk runs
+# on one thread: no waiting for a busy core, and float64 sums that do not depend on the number of threads.
+CHUNK = 32_000
+
+# `kernel(low, high, out)`: `out` holds the base entries [low, high) of the flat tensor in the working dtype
+# and is overwritten with the merged ones.
+Kernel = Callable[[int, int, "torch.Tensor"], None]
+
+
+class Once(Protocol):
+    """`once(key, compute)`: the value of `compute()`, which depends on the sources of this tensor only."""
+
+    def __call__(self, key: Hashable, compute: Callable[[], T]) -> T: ...
+
+
+def compute_again(key: Hashable, compute: Callable[[], T]) -> T:
+    """The `Once` that remembers nothing."""
+    return compute()
+
+
+@dataclass(frozen=True)
+class TensorInputs:
+    """All that a method may look at to merge one tensor.
+
+    Attributes:
+        base: flat base tensor, `(n,)`, any floating dtype.
+        deltas: flat task vectors, `(n,)` in `dtype`, one per model in the setting's order; None is zero.
+        setting: the complete setting of the tensor's cell; its models are in the order of `deltas`.
+        dtype: the dtype to compute in, float32 or float64.
+        shape: shape of the tensor, for methods that work on rows or matrices.
+        seeds: one seed per model in [0, 2**32), empty for methods that are not random.
+        where: cell and tensor, for messages.
+        chunk: the kernel is never asked for more entries than this at once.
+        once: remembers what depends only on sources, from one candidate to the next.
+    """
+
+    base: torch.Tensor
+    deltas: Sequence[torch.Tensor | None]
+    setting: Setting
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    seeds: Sequence[int] = ()
+    where: str = "tensor"
+    chunk: int = CHUNK
+    once: Once = compute_again
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models, in the order of `deltas`."""
+        return tuple(self.setting.models)
+
+    def values(self, name: str) -> list[float]:
+        """One parameter of every model, in the order of `deltas`."""
+        return [values[name] for values in self.setting.models.values()]
+
+    def parameter(self, name: str) -> Any:
+        """A shared parameter."""
+        return self.setting.parameters[name]
+
+    def scratch(self, rows: int) -> torch.Tensor:
+        """`(rows, m)` uninitialised buffers in the working dtype, m large enough for any chunk."""
+        import torch
+
+        size = min(self.chunk, self.base.numel())
+        return torch.empty((rows, size), dtype=self.dtype, device=self.base.device)
+
+
+def always(setting: Setting) -> bool:
+    """The usual `Method.keeps_base`."""
+    return True
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method.
+
+    Attributes:
+        spec: what can be known without tensors.
+        kernel: settles what needs whole tensors and returns the rest as a `Kernel`; pure.
+        takes_base: whether the base model may be named among the models of a setting.
+        keeps_base: whether, in a setting, models that equal the base merge to the base itself.
+    """
+
+    spec: MethodSpec
+    kernel: Callable[[TensorInputs], Kernel]
+    takes_base: bool = False
+    keeps_base: Callable[[Setting], bool] = always
+
+    def merge(self, inputs: TensorInputs) -> torch.Tensor:
+        """The merged tensor, shaped `inputs.shape`, in `inputs.dtype`.
+
+        Raises:
+            RecipeError: the setting has no merge, as `linear` with weights that sum to zero.
+        """
+        merged = inputs.base.reshape(-1).to(inputs.dtype, copy=True)
+        kernel = self.kernel(inputs)
+        for low in range(0, merged.numel(), inputs.chunk):
+            high = min(low + inputs.chunk, merged.numel())
+            kernel(low, high, merged[low:high])
+        return merged.reshape(inputs.shape)

@@ -1,0 +1,1 @@
+"""What is merged: checkpoints, adapters, and whether they fit together."""

@@ -1,0 +1,152 @@
+"""All sources of a run, opened and checked: the base's tensors and every model's task vectors.
+
+A task vector (delta) is `model - base` in float32. Full checkpoints are mapped from their files and adapters
+multiplied out tensor by tensor, so that no merged copy of an adapter is ever written.
+
+Imports: `evomerge.errors` and `evomerge.sources`; torch only when a tensor is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import SourceError
+from evomerge.sources.adapter import Adapter
+from evomerge.sources.checkpoint import Checkpoint
+from evomerge.sources.compatibility import check
+from evomerge.sources.layout import Layout
+from evomerge.sources.reference import SourceRef, commit_of, resolve
+from evomerge.sources.tying import mergeable
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SourceSet:
+    """The base and the models that fit it; made by `SourceSet.open`.
+
+    Attributes:
+        base_name: name of the base in recipes and reports.
+        models: names of the models, in the order given.
+        tensor_names: every tensor that a merge writes, in the base checkpoint's order. A tied embedding
+            is listed once.
+        base: the base checkpoint.
+        sources: model name -> its checkpoint or adapter.
+        refs: what the user wrote, by name, base included.
+        folders: local folder by name, base included.
+    """
+
+    def __init__(
+        self,
+        base_name: str,
+        base: Checkpoint,
+        sources: Mapping[str, Checkpoint | Adapter],
+        refs: Mapping[str, SourceRef],
+    ) -> None:
+        self.base_name = base_name
+        self.base = base
+        self.sources = dict(sources)
+        self.refs = dict(refs)
+        self.models = tuple(self.sources)
+        self.folders = {base_name: base.folder, **{name: s.folder for name, s in self.sources.items()}}
+        self.tensor_names = mergeable(base)
+
+    @classmethod
+    def open(cls, base: SourceRef, models: Mapping[str, SourceRef], base_name: str = "base") -> SourceSet:
+        """Resolve, open and check every source; reads headers and JSON files, no weights.
+
+        Args:
+            base: a full model.
+            models: name -> full model or adapter.
+            base_name: name of the base; no model may have it.
+
+        Raises:
+            SourceError: a source is missing or cannot be read, or the base is an adapter.
+            CompatibilityError: a source does not fit the base.
+        """
+        if base.adapter is not None:
+            raise SourceError(f"base `{base_name}`: `{base.adapter}` is an adapter; give a full model")
+        if base_name in models:
+            raise SourceError(f"model `{base_name}` has the name of the base; rename one of the two")
+        opened = _open(base, f"base `{base_name}`")
+        assert isinstance(opened, Checkpoint)  # as base.adapter is None
+        sources = {name: _open(ref, f"model `{name}`") for name, ref in models.items()}
+        result = cls(base_name, opened, sources, {base_name: base, **models})
+        check(result)
+        return result
+
+    def layout(self, modules: Mapping[str, Iterable[str]] | None = None) -> Layout:
+        """The cells of the base; `modules` are extra patterns, as in `Layout`."""
+        return Layout(self.tensor_names, modules)
+
+    def base_tensor(self, name: str) -> torch.Tensor:
+        """The base's tensor on the CPU in its stored dtype, mapped from its file; do not write into it."""
+        return self.base.read(name)
+
+    def may_change(self, model: str, name: str) -> bool:
+        """Whether `delta` can be other than None, judged without reading weights."""
+        if not self.base.tensors[name].floating:
+            return False
+        source = self.sources[model]
+        return not isinstance(source, Adapter) or name in source.pairs or name in source.full
+
+    def delta(self, model: str, name: str) -> torch.Tensor | None:
+        """Task vector of one tensor: float32 on the CPU, shaped like the base's tensor.
+
+        None when the model leaves the tensor as it is: an adapter without it, or a checkpoint whose tensor
+        equals the base's. Tensors that are not floating point are never changed.
+        """
+        if not self.may_change(model, name):
+            return None
+        source = self.sources[model]
+        if not isinstance(source, Adapter):
+            return _difference(source.read(name), self.base.read(name))
+        replacement, product = source.replacement(name), source.delta(name)
+        moved = None if replacement is None else _difference(replacement, self.base.read(name))
+        if moved is None or product is None:
+            return product if moved is None else moved
+        return moved + product
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 by name, base first; reads every file once and remembers the result."""
+        return {self.base_name: self.base.sha256(), **{n: s.sha256() for n, s in self.sources.items()}}
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One JSON-ready row per source, base first.
+
+        Keys: name, kind ("base", "model" or "adapter"), source (the folder or hub id as given), revision
+        (the commit of a hub id, else None), sha256, parameters, bytes (of the tensors).
+        """
+        hashes = self.hashes()
+        models = [(self.refs[name].key, name, source) for name, source in self.sources.items()]
+        return [
+            {
+                "name": name,
+                "kind": kind,
+                "source": self.refs[name].text,
+                "revision": commit_of(source.folder),
+                "sha256": hashes[name],
+                "parameters": source.parameters,
+                "bytes": source.bytes,
+            }
+            for kind, name, source in [("base", self.base_name, self.base), *models]
+        ]
+
+
+def _open(ref: SourceRef, where: str) -> Checkpoint | Adapter:
+    folder = resolve(ref, where)
+    try:
+        return Checkpoint(folder) if ref.adapter is None else Adapter(folder)
+    except SourceError as error:
+        raise SourceError(f"{where}: {error}") from error
+
+
+def _difference(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
+    """float32(tensor) - float32(base); None when they are equal."""
+    import torch
+
+    if tensor.dtype == base.dtype and torch.equal(tensor, base):
+        return None
+    delta = tensor.float() - base.float()
+    return delta if bool(delta.any()) else None

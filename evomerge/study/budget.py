@@ -1,0 +1,79 @@
+"""How much a run may spend: trials, seconds, item evaluations; whichever comes first.
+
+Imports: `errors`; never torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from evomerge.errors import ConfigError
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
+_UNTIL = re.compile(r"until (\d{1,2}):(\d{2})")
+
+
+def seconds_of(text: str, now: datetime) -> float:
+    """Seconds that `8h`, `90m`, `1h30m`, `45s` or `until 07:30` stand for, counted from `now`.
+
+    `until` names the next such time of the local clock.
+
+    Raises:
+        ConfigError: neither form, or a time of zero length.
+    """
+    text = text.strip().lower()
+    if match := _UNTIL.fullmatch(text):
+        hour, minute = int(match[1]), int(match[2])
+        if hour < 24 and minute < 60:
+            end = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+            return ((end if end > now else end + timedelta(days=1)) - now).total_seconds()
+    elif (match := _DURATION.fullmatch(text.replace(" ", ""))) and any(match.groups()):
+        hours, minutes, seconds = (float(part or 0) for part in match.groups())
+        if total := hours * 3600 + minutes * 60 + seconds:
+            return total
+    raise ConfigError(
+        f"time budget {text!r} is not understood; write a duration such as `8h`, `90m` or `1h30m`, "
+        "or a time of day such as `until 07:30`"
+    )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of a whole run; None is no limit. `seconds` counts the run's own clock, final part included."""
+
+    trials: int | None = None
+    seconds: float | None = None
+    items: int | None = None
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What has been spent at some moment of a run."""
+
+    trials: int = 0
+    seconds: float = 0.0
+    items: int = 0
+
+
+def used(budget: Budget, start: Spent, now: Spent, reserve: float) -> float:
+    """Share of the search's budget that is used, in [0, inf): the largest over the three limits.
+
+    Args:
+        budget: limits of the run.
+        start: what had been spent when the search began (after the fixed recipes).
+        now: what has been spent by now.
+        reserve: seconds kept back for selection, held-out items and export.
+    """
+    pairs = (
+        (budget.trials, start.trials, now.trials, 0.0),
+        (budget.seconds, start.seconds, now.seconds, reserve),
+        (budget.items, start.items, now.items, 0.0),
+    )
+    shares = [0.0]
+    for limit, begun, spent, kept in pairs:
+        if limit is not None:
+            room = limit - kept - begun
+            shares.append((spent - begun) / room if room > 0 else 1.0)
+    return max(shares)

@@ -1,0 +1,308 @@
+"""Make the data of the expert family: training examples and the items that score it.
+
+    python examples/smollm2/data.py
+
+rewrites `fitness/spanish_math/{math,spanish,extract,spanish_math}.jsonl`, always with
+the same bytes. The tasks, one real item each in README.md:
+
+- `math`: one-step English word problems (addition, subtraction) with digits.
+- `spanish`: Spanish number words in sentences; the answer is a number in digits or in words.
+- `extract`: an English sentence to a JSON object.
+- `spanish_math`: the composite, one-step Spanish word problems with number words.
+  `training_examples` refuses it: no expert is trained on it.
+
+What keeps training and items apart: every ordered pair of numbers belongs to training
+or to one split (`owner_of_pair`); the people and cities of the items occur in no
+training example; and `evaluation_items` refuses a prompt that was already given.
+All numbers are in [2, 99]. Only the standard library is imported, and every draw comes
+from a `random.Random` seeded with a string, which is stable across Python versions.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+EXPERTS = ("math", "spanish", "extract")
+TASKS = (*EXPERTS, "spanish_math")
+SPLIT_SIZES = {"calibration": 32, "selection": 128, "held_out": 256}
+OUTPUT = Path(__file__).resolve().parents[2] / "fitness" / "spanish_math"
+PROMPT = "{question}\nAnswer:"  # as in fitness/spanish_math.yaml
+
+
+class Example(NamedTuple):
+    """One question and the only answer that scores."""
+
+    question: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """What the model is given; an expert learns to go on with `" " + answer`."""
+        return PROMPT.format(question=self.question)
+
+
+class Pool(NamedTuple):
+    """Who and where: one pool for training, another for the items."""
+
+    people: tuple[str, ...]
+    cities: tuple[str, ...]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+TRAINING_POOL = Pool(
+    _words(
+        "Ana Luis Tom Emma Pedro Sara Marta Jack Lucy Diego Elena Ben Rosa Paul Nina Hugo "
+        "Carmen Sam Julia Mario Kate Pablo Clara David Laura Jorge Amy Raul Irene Leo"
+    ),
+    _words(
+        "Paris London Madrid Rome Berlin Lima Cairo Oslo Dublin Boston Chicago Vienna Tokyo "
+        "Denver Milan Athens Havana Moscow Seattle Delhi Geneva Dallas Prague Miami"
+    ),
+)
+ITEM_POOL = Pool(
+    _words("Alice Carlos Maria Peter Sofia Daniel Lucia Henry Teresa Miguel Olivia Andres"),
+    _words("Lisbon Toronto Houston Munich Seoul Naples Phoenix Sydney Bogota Warsaw"),
+)
+POOLS = {"training": TRAINING_POOL} | dict.fromkeys(SPLIT_SIZES, ITEM_POOL)
+
+# Share of all ordered pairs of numbers that each owner gets, in percent.
+PAIR_SHARES = {"training": 76, "calibration": 3, "selection": 8, "held_out": 13}
+
+THINGS = _words(
+    "apples books coins pencils cards eggs flowers cookies stamps oranges balls candies "
+    "tickets photos bottles keys"
+)
+# plural, and "a" for feminine or "o" for masculine
+COSAS = (
+    ("manzanas", "a"),
+    ("libros", "o"),
+    ("monedas", "a"),
+    ("flores", "a"),
+    ("huevos", "o"),
+    ("cartas", "a"),
+    ("sellos", "o"),
+    ("naranjas", "a"),
+    ("pelotas", "a"),
+    ("galletas", "a"),
+    ("caramelos", "o"),
+    ("botellas", "a"),
+    ("fotos", "a"),
+    ("globos", "o"),
+    ("platos", "o"),
+    ("llaves", "a"),
+)
+JOBS = _words("nurse teacher pilot baker farmer painter lawyer driver singer doctor")
+
+ONES = _words(
+    "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince "
+    "dieciséis diecisiete dieciocho diecinueve veinte veintiuno veintidós veintitrés "
+    "veinticuatro veinticinco veintiséis veintisiete veintiocho veintinueve"
+)
+TENS = _words("treinta cuarenta cincuenta sesenta setenta ochenta noventa")
+
+
+def number_word(n: int, gender: str | None = None) -> str:
+    """Spanish cardinal of `n` in [0, 99].
+
+    `gender` is that of the noun which follows, "a" or "o" (veintiuna manzanas,
+    veintiún libros); None is the number by itself (veintiuno).
+    """
+    if n >= 30:
+        tens, one = TENS[n // 10 - 3], n % 10
+        return tens if one == 0 else f"{tens} y {number_word(one, gender)}"
+    word = ONES[n]
+    if gender is None or not word.endswith("uno"):
+        return word
+    if gender == "a":
+        return word[:-1] + "a"
+    return "veintiún" if n == 21 else "un"
+
+
+def owner_of_pair(a: int, b: int) -> str:
+    """Which of training and the splits may use the ordered numbers `(a, b)`.
+
+    A pure function of the pair, so that all tasks share one partition: the numbers of
+    a composite item were summed in no training problem of the math expert.
+    """
+    draw = random.Random(f"pair {a} {b}").randrange(100)
+    for owner, share in PAIR_SHARES.items():
+        if draw < share:
+            return owner
+        draw -= share
+    raise AssertionError("PAIR_SHARES do not sum to 100")
+
+
+def _pair(rng: random.Random, owner: str, subtract: bool) -> tuple[int, int]:
+    """Two numbers of `owner`: `a` plus or minus `b` stays within [2, 99]."""
+    while True:
+        b = rng.randint(2, 25)
+        a = rng.randint(b + 2, 99) if subtract else rng.randint(2, 99 - b)
+        if owner_of_pair(a, b) == owner:
+            return a, b
+
+
+ADDITIONS = (
+    "{n} has {a} {t} and buys {b} more. How many {t} does {n} have now?",
+    "{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?",
+    "{n} has {a} {t} and {m} has {b} {t}. How many {t} do they have together?",
+    "{n} has {a} {t} in one box and {b} in another. How many {t} are there in total?",
+    "There are {a} {t} on the table. {n} puts {b} more there. How many {t} are there now?",
+    "{n} had {a} {t} and found {b} more. How many {t} in total?",
+)
+SUBTRACTIONS = (
+    "{n} has {a} {t} and loses {b}. How many {t} does {n} have now?",
+    "{n} has {a} {t}. {n} gives {b} to {m}. How many {t} are left?",
+    "{n} has {a} {t} and sells {b} of them. How many {t} does {n} have left?",
+    "There are {a} {t} on the table. {n} takes {b} of them. How many {t} are left?",
+    "{n} had {a} {t} and gave away {b}. How many {t} are left?",
+)
+SUMAS = (
+    "{n} tiene {a} {t} y compra {b} más. ¿Cuánt{g}s {t} tiene {n} ahora?",
+    "{n} tiene {a} {t}. {m} le da {b} más. ¿Cuánt{g}s {t} tiene {n} ahora?",
+    "{n} tiene {a} {t} y {m} tiene {b} {t}. ¿Cuánt{g}s {t} tienen en total?",
+    "Hay {a} {t} en la mesa. {n} pone {b} más. ¿Cuánt{g}s {t} hay ahora?",
+)
+RESTAS = (
+    "{n} tiene {a} {t} y pierde {b}. ¿Cuánt{g}s {t} tiene {n} ahora?",
+    "{n} tiene {a} {t}. {n} le da {b} a {m}. ¿Cuánt{g}s {t} le quedan?",
+    "{n} tiene {a} {t} y vende {b}. ¿Cuánt{g}s {t} le quedan?",
+    "Hay {a} {t} en la mesa. {n} toma {b}. ¿Cuánt{g}s {t} quedan?",
+)
+# Reading: the form, and which of its numbers is asked for. No form asks for a result.
+LECTURAS = (
+    ("{n} tiene {a} {t}. ¿Cuánt{g}s {t} tiene {n}?", "a"),
+    ("{n} tiene {a} {t} y {m} tiene {b} {u}. ¿Cuánt{g}s {t} tiene {n}?", "a"),
+    ("{n} tiene {a} {t} y {m} tiene {b} {u}. ¿Cuánt{h}s {u} tiene {m}?", "b"),
+    ("{n} tiene {a} {t} y compra {b} {u}. ¿Cuánt{h}s {u} compra {n}?", "b"),
+    ("{n} vende {a} {t} y pierde {b} {u}. ¿Cuánt{g}s {t} vende {n}?", "a"),
+    ("{n} le da {a} {t} a {m} y toma {b} {u}. ¿Cuánt{g}s {t} le da {n} a {m}?", "a"),
+    ("Hay {a} {t} y {b} {u} en la mesa. ¿Cuánt{h}s {u} hay?", "b"),
+    ("Hay {a} {t} y {b} {u} en la mesa. {n} toma {o} {t}. ¿Cuánt{g}s {t} toma {n}?", "o"),
+)
+SENTENCES = (
+    ('{"name": "%n", "age": %a, "city": "%c"}', "{n} is {a} years old and lives in {c}."),
+    ('{"name": "%n", "age": %a, "city": "%c"}', "{n}, a {a}-year-old {j}, lives in {c}."),
+    ('{"name": "%n", "age": %a, "city": "%c"}', "In {c} I met {n}, who is {a} years old."),
+    ('{"name": "%n", "item": "%t", "count": %a}', "{n} bought {a} {t} in {c} today."),
+    ('{"name": "%n", "item": "%t", "count": %a}', "Please send {a} {t} to {n}."),
+    ('{"name": "%n", "item": "%t", "count": %a}', "{a} {t} were sold to {n} last week."),
+)
+
+
+def _math(rng: random.Random, owner: str) -> Example:
+    subtract = rng.random() < 0.5
+    a, b = _pair(rng, owner, subtract)
+    n, m = rng.sample(POOLS[owner].people, 2)
+    form = rng.choice(SUBTRACTIONS if subtract else ADDITIONS)
+    return Example(
+        form.format(n=n, m=m, a=a, b=b, t=rng.choice(THINGS)), str(a - b if subtract else a + b)
+    )
+
+
+def _spanish_math(rng: random.Random, owner: str) -> Example:
+    subtract = rng.random() < 0.5
+    a, b = _pair(rng, owner, subtract)
+    n, m = rng.sample(POOLS[owner].people, 2)
+    t, g = rng.choice(COSAS)
+    form = rng.choice(RESTAS if subtract else SUMAS)
+    question = form.format(n=n, m=m, a=number_word(a, g), b=number_word(b, g), t=t, g=g)
+    return Example(question, str(a - b if subtract else a + b))
+
+
+def _spanish(rng: random.Random, owner: str) -> Example:
+    kind = rng.random()
+    a, b = _pair(rng, owner, subtract=rng.random() < 0.5)
+    n, m = rng.sample(POOLS[owner].people, 2)
+    (t, g), (u, h) = rng.sample(COSAS, 2)
+    if kind < 0.15:
+        question = f"{n} tiene {a} {t}. Escribe el número con letras."
+        return Example(question, number_word(a))
+    form, asked = rng.choice(LECTURAS)
+    o = rng.randint(2, 25)
+    numbers = {"a": a, "b": b, "o": o}
+    words = {"a": number_word(a, g), "b": number_word(b, h), "o": number_word(o, g)}
+    return Example(form.format(n=n, m=m, t=t, g=g, u=u, h=h, **words), str(numbers[asked]))
+
+
+def _extract(rng: random.Random, owner: str) -> Example:
+    a, _ = _pair(rng, owner, subtract=True)
+    pool = POOLS[owner]
+    fields = {
+        "n": rng.choice(pool.people),
+        "c": rng.choice(pool.cities),
+        "t": rng.choice(THINGS),
+        "j": rng.choice(JOBS),
+    }
+    answer, sentence = rng.choice(SENTENCES)
+    for key, value in fields.items():
+        answer = answer.replace(f"%{key}", value)
+    return Example(f"JSON: {sentence.format(a=a, **fields)}", answer.replace("%a", str(a)))
+
+
+MAKERS: dict[str, Callable[[random.Random, str], Example]] = {
+    "math": _math,
+    "spanish": _spanish,
+    "extract": _extract,
+    "spanish_math": _spanish_math,
+}
+
+
+def training_examples(expert: str, count: int, seed: int = 0) -> list[Example]:
+    """The first `count` training examples of `expert`; a longer list starts the same.
+
+    Raises:
+        ValueError: `expert` is not one of `EXPERTS` (the composite has no training data).
+    """
+    if expert not in EXPERTS:
+        raise ValueError(f"expert is {expert!r}, must be one of {', '.join(EXPERTS)}")
+    rng = random.Random(f"train {expert} {seed}")
+    return [MAKERS[expert](rng, "training") for _ in range(count)]
+
+
+def evaluation_items(task: str) -> list[dict[str, str]]:
+    """All items of `task`: those of `calibration`, then `selection`, then `held_out`."""
+    items: list[dict[str, str]] = []
+    seen: set[str] = set()
+    for split, size in SPLIT_SIZES.items():
+        rng = random.Random(f"items {task} {split}")
+        number = 0
+        while number < size:
+            example = MAKERS[task](rng, split)
+            if example.question in seen:
+                continue
+            seen.add(example.question)
+            items.append(
+                {
+                    "id": f"{task}-{split}-{number:03d}",
+                    "split": split,
+                    "question": example.question,
+                    "answer": example.answer,
+                }
+            )
+            number += 1
+    return items
+
+
+def jsonl(task: str) -> str:
+    """The file of `task`, one JSON object a line."""
+    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in evaluation_items(task))
+
+
+def main() -> None:
+    """Write the four files and print one line for each."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        path = OUTPUT / f"{task}.jsonl"
+        path.write_text(jsonl(task), encoding="utf-8", newline="\n")
+        print(f"{path}: {sum(SPLIT_SIZES.values())} items")
+
+
+if __name__ == "__main__":
+    main()
