@@ -1,6 +1,7 @@
 """Puts the parts together: from a run file to a finished run. Used by the command line and from Python.
 
-`run_search`, `resume_search`, `merge_model` and `evaluate_model` are the public functions; `Run` is an opened run directory.
+`run_search`, `resume_search`, `merge_model` and `evaluate_model` are the public functions; `Run` is an
+opened run directory.
 
 Imports: everything; nothing but `cli` imports this.
 """
@@ -28,10 +29,13 @@ from evomerge.evaluate.records import ItemStore
 from evomerge.evaluate.score import Score, aggregate, score_tasks
 from evomerge.evaluate.task import Suite
 from evomerge.export.bundle import export_model, export_recipe, model_card
+from evomerge.export.mergekit_merge import merge_mergekit
+from evomerge.export.mergekit_reader import is_mergekit
 from evomerge.export.recipe_file import read_recipe
 from evomerge.merge.methods import SPECS
 from evomerge.recipe import Recipe
 from evomerge.report.outcome import as_json, as_markdown
+from evomerge.search import Start, make_optimizer
 from evomerge.sources.layout import Layout
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
@@ -44,6 +48,7 @@ from evomerge.study.storage import JOURNAL, TrialLog
 from evomerge.study.study import Observer, Plan, Stage, Study
 
 CONFIG = "config.json"  # what a run was started with, in its directory
+LOCK = "lock"  # held while a process works in a run directory
 PACKAGES = ("evomerge", "torch", "transformers", "optuna", "cma", "cmaes")
 Say = Callable[[str], None]
 
@@ -76,7 +81,17 @@ class Parts:
         sources = SourceSet.open(loaded.base(), loaded.models())
         layout = sources.layout(config.modules)
         family = family_of(sources, layout, config.seed)
-        return cls(loaded, sources, layout, family, suite, tuple(_stages(loaded, family)))
+        stages = tuple(_stages(loaded, family))
+        for stage in stages:  # a wrong name or option must not wait until the stage begins
+            make_optimizer(
+                config.search.optimizer,
+                stage.space.parameters,
+                seed=config.seed,
+                start=Start(stage.space.encode(family.recipe({}))),
+                population_size=config.search.population_size,
+                options=config.search.options,
+            )
+        return cls(loaded, sources, layout, family, suite, stages)
 
 
 def family_of(sources: SourceSet, layout: Layout, seed: int = 0) -> Family:
@@ -192,7 +207,7 @@ class Run:
         log = TrialLog(location, self.parts.loaded.name, exclusive=config.storage is None)
         self._stack.callback(log.close)
         book = Scorebook(engine, self.parts.suite, ItemStore(self.folder / "items"), self.say)
-        plan = self._plan(log)
+        plan = plan_of(self.parts, log)
         study = Study(plan, self.parts.suite, book, log, observer)
         log.note("engine", dict(engine.info))
         study.run()
@@ -203,38 +218,10 @@ class Run:
         self._export(result)
         return result
 
-    def _plan(self, log: TrialLog) -> Plan:
-        config = self.parts.loaded.config
-        fixed = fixed_recipes(
-            self.parts.family, scales=config.fixed.scales, subset_scales=config.fixed.subset_scales
-        )
-        sizes = self.parts.suite.sizes().values()
-        final_items = (config.selection.top + 1) * sum(task["selection"] for task in sizes)
-        final_items += (len(fixed) + 1) * sum(task["held_out"] for task in sizes)
-        return Plan(
-            fixed=fixed,
-            stages=self.parts.stages,
-            optimizer=config.search.optimizer,
-            budget=self._budget(log),
-            seed=config.seed,
-            population_size=config.search.population_size,
-            options=config.search.options,
-            screen=config.fixed.screen_items,
-            promote=config.fixed.promote,
-            reserve=lambda seconds_per_item: final_items * seconds_per_item + EXPORT_SECONDS,
-        )
-
-    def _budget(self, log: TrialLog) -> Budget:
-        """The limits; a time of day is fixed when the run first starts."""
-        budget = self.parts.loaded.config.budget
-        seconds = log.notes().get("budget_seconds")
-        if seconds is None and budget.time is not None:
-            seconds = seconds_of(budget.time, datetime.now())
-            log.note("budget_seconds", seconds)
-        return Budget(budget.trials, seconds, budget.item_evaluations)
-
     def _check_or_write_config(self, begun: bool) -> None:
         now = {
+            "name": self.parts.loaded.name,
+            "storage": self.parts.loaded.config.storage,
             "config": self.parts.loaded.frozen(),
             "run_file": str(self.parts.loaded.path.resolve()),
             "sources": self.parts.sources.hashes(),
@@ -287,15 +274,51 @@ class Run:
                 parts.sources,
                 parts.layout,
                 max_shard_bytes=int(parts.loaded.config.export.max_shard_gb * 1e9),
-                card=model_card(parts.loaded.name, winner.recipe, parts.sources, result),
+                card=model_card(
+                    parts.loaded.name,
+                    winner.recipe,
+                    parts.sources,
+                    (self.folder / "outcome.md").read_text(encoding="utf-8"),
+                ),
             )
 
 
 EXPORT_SECONDS = 10.0  # kept back for writing the outcome and the recipes
 
 
+def plan_of(parts: Parts, log: TrialLog | None) -> Plan:
+    """What the run's study is to do; `log` remembers a time of day that was fixed at the first start."""
+    config = parts.loaded.config
+    fixed = fixed_recipes(parts.family, scales=config.fixed.scales, subset_scales=config.fixed.subset_scales)
+    sizes = parts.suite.sizes().values()
+    final_items = (config.selection.top + 1) * sum(task["selection"] for task in sizes)
+    final_items += (len(fixed) + 1) * sum(task["held_out"] for task in sizes)
+    return Plan(
+        fixed=fixed,
+        stages=parts.stages,
+        optimizer=config.search.optimizer,
+        budget=_budget(parts, log),
+        seed=config.seed,
+        population_size=config.search.population_size,
+        options=config.search.options,
+        screen=config.fixed.screen_items,
+        promote=config.fixed.promote,
+        reserve=lambda seconds_per_item: final_items * seconds_per_item + EXPORT_SECONDS,
+    )
+
+
+def _budget(parts: Parts, log: TrialLog | None) -> Budget:
+    budget = parts.loaded.config.budget
+    seconds = None if log is None else log.notes().get("budget_seconds")
+    if seconds is None and budget.time is not None:
+        seconds = seconds_of(budget.time, datetime.now())
+        if log is not None:
+            log.note("budget_seconds", seconds)
+    return Budget(budget.trials, seconds, budget.item_evaluations)
+
+
 def _locked(folder: Path) -> FileLock:
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -341,6 +364,35 @@ def run_search(
 def resume_search(run_dir: Path | str, *, observer: Observer | None = None, say: Say = _silent) -> Result:
     """Go on with the run in `run_dir`, with the run file that it was begun with."""
     return run_search(config_of(Path(run_dir)), resume=True, observer=observer, say=say)
+
+
+def export_run(
+    run_dir: Path, *, model: bool = False, folder: Path | None = None, max_shard_gb: float = 5.0
+) -> list[Path]:
+    """Write a finished run's winner as a model folder (default `best/model`); returns what there is.
+
+    Raises:
+        RunDirError: the run has no winner yet.
+        EvomergeError: the sources have changed, or the folder cannot be written.
+    """
+    best = run_dir / "best"
+    recipe = best / "recipe.yaml"
+    if not recipe.exists():
+        raise RunDirError(f"{run_dir}: the run has no winner yet; go on with `evomerge resume {run_dir}`")
+    if model:
+        opened, sources, layout = open_recipe(recipe)
+        outcome = (run_dir / "outcome.md").read_text(encoding="utf-8")
+        target = folder or best / "model"
+        export_model(
+            target,
+            opened,
+            sources,
+            layout,
+            max_shard_bytes=int(max_shard_gb * 1e9),
+            card=model_card(target.name, opened, sources, outcome),
+        )
+        return [*sorted(best.glob("*.yaml")), target]
+    return sorted(best.glob("*.yaml"))
 
 
 def config_of(run_dir: Path) -> LoadedConfig:
@@ -389,13 +441,16 @@ def open_recipe(path: Path, *, changed: bool = False) -> tuple[Recipe, SourceSet
 def merge_model(
     recipe: Path | str, out: Path | str, *, max_shard_gb: float = 5.0, allow_changed: bool = False
 ) -> Path:
-    """Merge a recipe file into a model folder; returns the folder.
+    """Merge a recipe file, or a mergekit YAML, into a model folder; returns the folder.
 
     Raises:
         EvomergeError: what is wrong, and what to change.
     """
-    opened, sources, layout = open_recipe(Path(recipe), changed=allow_changed)
-    return export_model(Path(out), opened, sources, layout, max_shard_bytes=int(max_shard_gb * 1e9))
+    path, max_shard_bytes = Path(recipe), int(max_shard_gb * 1e9)
+    if is_mergekit(path):
+        return merge_mergekit(path, Path(out), max_shard_bytes=max_shard_bytes)
+    opened, sources, layout = open_recipe(path, changed=allow_changed)
+    return export_model(Path(out), opened, sources, layout, max_shard_bytes=max_shard_bytes)
 
 
 def evaluate_model(

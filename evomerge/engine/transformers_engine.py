@@ -12,7 +12,7 @@ Imports: torch, transformers; `merge`, `sources`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class TransformersEngine:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.prompts = PromptEncoder(tokenizer, self.model.generation_config.eos_token_id)
         self._weights = _weights_by_name(self.model, layout)
-        self._held: dict[str, object] = {}
+        self._held: dict[str, str] = {}
         self._checksums: dict[str, int] = {}
         self._info = {
             "engine": "transformers",
@@ -111,7 +111,7 @@ class TransformersEngine:
         """Merge `recipe` into the model; see `Engine.load`."""
         start = time.perf_counter()
         plan = MergePlan.compile(recipe, self._layout, SPECS)
-        changed = {op.tensor: op for op in plan.ops if self._held.get(op.tensor) != op}
+        changed = {op.tensor: op.digest for op in plan.ops if self._held.get(op.tensor) != op.digest}
         with _machine_errors("merging"):
             for name, tensor in self._merger.materialize(plan, only=changed):
                 weight = self._weights.get(name)
@@ -125,7 +125,7 @@ class TransformersEngine:
             self._verify(changed)
         return Loaded(time.perf_counter() - start, len(changed), combine(self._checksums))
 
-    def _verify(self, names: Mapping[str, object]) -> None:
+    def _verify(self, names: Iterable[str]) -> None:
         for name in names:
             weight = self._weights.get(name)
             if weight is not None and checksum(weight) != self._checksums[name]:

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ExportError
-from evomerge.export.mergekit import mergekit_documents, mergekit_text, places, torch_dtype_name
+from evomerge.export.mergekit import is_random, mergekit_documents, mergekit_text, places
 from evomerge.export.recipe_file import dump_yaml, recipe_document, write_yaml
 from evomerge.merge.merger import Merger
 from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan
 from evomerge.merge.writer import write_model
 from evomerge.recipe import Recipe
-from evomerge.report.outcome import headline, markdown_table, table
+from evomerge.report.outcome import headline
 from evomerge.sources.layout import Layout
 from evomerge.sources.source_set import SourceSet
 from evomerge.study.final import Result
+
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def export_recipe(
@@ -34,16 +36,17 @@ def export_recipe(
     )
     target = folder / "mergekit.yaml"
     target.unlink(missing_ok=True)
-    folders = {name: str(path.resolve()) for name, path in sources.folders.items()}
-    where = places(recipe, sources.refs, folders)
+    notes = _dtype_notes(sources)
     try:
-        documents = mergekit_documents(recipe, layout, SPECS, where, base_dtype(sources))
+        documents = mergekit_documents(recipe, layout, SPECS, places(sources), base_dtype(sources))
     except ExportError as error:
         return [str(error)]
-    target.write_text(mergekit_text(documents, SPECS), encoding="utf-8")
-    if any(SPECS[d["merge_method"]].random for d in documents):
-        return ["mergekit draws other random masks; only `evomerge merge` gives the weights that were scored"]
-    return []
+    target.write_text(mergekit_text(documents, SPECS, notes), encoding="utf-8")
+    if is_random(documents, SPECS):
+        notes.append(
+            "mergekit draws other random masks; only `evomerge merge` gives the weights that were scored"
+        )
+    return notes
 
 
 def export_model(
@@ -74,9 +77,30 @@ def export_model(
 
 
 def base_dtype(sources: SourceSet) -> str:
-    """Torch name of the dtype of the base's largest tensor."""
-    largest = max(sources.base.tensors.values(), key=lambda info: info.nbytes)
-    return torch_dtype_name(largest.dtype)
+    """Torch name of the floating dtype in which most of the base is stored."""
+    return next(iter(_dtypes(sources)))
+
+
+def _dtypes(sources: SourceSet) -> dict[str, int]:
+    """Torch name of every floating dtype of the base -> bytes stored in it, most bytes first."""
+    sizes: dict[str, int] = {}
+    for name in sources.tensor_names:
+        info = sources.base.tensors[name]
+        if info.floating:
+            dtype = TORCH_DTYPES[info.dtype]
+            sizes[dtype] = sizes.get(dtype, 0) + info.nbytes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _dtype_notes(sources: SourceSet) -> list[str]:
+    """mergekit writes one dtype; a base that stores several is not reproduced to the last bit."""
+    main, *others = _dtypes(sources)
+    if not others:
+        return []
+    return [
+        f"the base stores tensors in {main} and in {', '.join(others)}, but mergekit writes {main} only; "
+        "`evomerge merge` keeps each tensor's dtype"
+    ]
 
 
 def scores_of(result: Result) -> dict[str, Any]:
@@ -97,15 +121,13 @@ def scores_of(result: Result) -> dict[str, Any]:
     return scores
 
 
-def model_card(name: str, recipe: Recipe, sources: SourceSet, result: Result | None = None) -> str:
-    """The model folder's README: sources, recipe and, where there is a run, the table of scores."""
+def model_card(name: str, recipe: Recipe, sources: SourceSet, outcome: str = "") -> str:
+    """The model folder's README: sources, recipe and, where there is a run, its outcome in Markdown."""
     document = recipe_document(recipe, sources)
     rows = [
         f"- `{name}`: {row.get('model') or row.get('adapter')}" for name, row in document["sources"].items()
     ]
-    scores = ""
-    if result is not None:
-        scores = f"\n## Scores\n\n{headline(result)}\n\n{markdown_table(*table(result))}\n"
+    scores = f"\n## Scores\n\n{outcome}" if outcome else ""
     return (
         "---\nlibrary_name: transformers\ntags:\n- merge\n- evomerge\n---\n\n"
         f"# {name}\n\nA merge made with evomerge.\n\n## Sources\n\n" + "\n".join(rows) + "\n"

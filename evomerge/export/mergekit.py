@@ -1,218 +1,284 @@
 """A recipe as mergekit YAML, so that `mergekit-yaml` or `mergekit-multi` 0.1.5 makes the same weights.
 
 One method for all cells becomes one document whose coefficients are `filter` lists. Several methods become
-one document per method and a last `linear` document that takes each tensor from the stage that owns it.
-Filters are substrings of tensor names and the first match wins; every list is checked against every tensor.
+one document per method and a last `linear` document that takes each tensor, with weight 1, from the stage
+that owns it or from the base: 0 * x + 1 * y is y, bit by bit.
+
+A filter is a substring of tensor names and the first match in a list wins.
 
 Imports: `recipe`, `sources`; never torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from evomerge.errors import ExportError
 from evomerge.export.recipe_file import dump_yaml
 from evomerge.recipe import BASE_COPY, Cell, MethodSpec, Recipe, Setting
 from evomerge.sources.layout import LAYER, Layout
-from evomerge.sources.reference import SourceRef
+from evomerge.sources.reference import commit_of, looks_like_path
+from evomerge.sources.source_set import SourceSet
 
 Value = float | bool
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+Place = str | dict[str, Any]  # mergekit's model reference: a text, or a mapping where the text is ambiguous
+Kind = tuple[str, ...]  # a method, and its models where one document can name only these
 
 
 def mergekit_documents(
     recipe: Recipe,
     layout: Layout,
     specs: Mapping[str, MethodSpec],
-    places: Mapping[str, str],
+    places: Mapping[str, Place],
     out_dtype: str,
 ) -> list[dict[str, Any]]:
     """The recipe as one mergekit document, or several for `mergekit-multi`.
 
     Args:
-        recipe: in canonical form.
+        recipe: what to merge; parameters that it leaves out have their defaults.
         layout: cells of the base.
         specs: merge methods by name.
-        places: mergekit's model reference by source name (`folder`, `id@revision`, `model+adapter`).
+        places: mergekit's model reference by source name, from `places`.
         out_dtype: torch name of the base's dtype.
 
     Raises:
-        ExportError: mergekit has not got one of the methods.
+        ExportError: mergekit has not got one of the methods, or cannot read one of the paths.
+        RecipeError: a setting is wrong.
     """
-    settings = {cell: recipe.setting(cell) for cell in layout.by_cell}
-    kinds: dict[tuple[str, ...], list[Cell]] = {}
+    settings = {cell: _complete(recipe.setting(cell), cell, specs) for cell in layout.by_cell}
+    kinds: dict[Kind, list[Cell]] = {}
     for cell, setting in settings.items():
         if setting != BASE_COPY:
-            kinds.setdefault(_kind(setting), []).append(cell)
+            kinds.setdefault(_kind(setting, specs), []).append(cell)
     for method, *_ in kinds:
         if specs[method].mergekit is None:
             raise ExportError(
                 f"mergekit 0.1.5 has no method `{method}`; merge with `evomerge merge recipe.yaml` instead"
             )
-    # A slerp of two models has no setting that gives the base; every other method has.
-    copies = [cell for cell, setting in settings.items() if setting == BASE_COPY]
-    if copies and not any(len(kind) == 1 for kind in kinds):
-        kinds[("task_arithmetic",)] = []
-    stages = []
-    for kind, cells in kinds.items():
-        own = {c: settings[c] if c in set(cells) else None for c in settings}
-        stages.append(_document(kind, own, recipe, layout, specs[kind[0]], places))
-    if len(stages) == 1:
-        return [{**stages[0], "dtype": "float32", "out_dtype": out_dtype}]
-    names = [f"stage_{i:02d}" for i in range(len(stages))]
-    documents = [
-        {"name": name, **stage, "dtype": "float32", "out_dtype": "float32"}
-        for name, stage in zip(names, stages, strict=True)
-    ]
-    owner = {cell: i for i, cells in enumerate(kinds.values()) for cell in cells}
-    owner |= dict.fromkeys(copies, next((i for i, kind in enumerate(kinds) if len(kind) == 1), 0))
-    models = [
-        {
-            "model": name,
-            "parameters": {"weight": _filters({c: float(owner[c] == i) for c in settings}, layout)},
-        }
-        for i, name in enumerate(names)
-    ]
-    documents.append(
-        {
-            "merge_method": "linear",
-            "base_model": names[0],
-            "models": models,
-            "parameters": {"normalize": False},
-            "dtype": "float32",
-            "out_dtype": out_dtype,
-        }
-    )
-    return documents
+    if not kinds:
+        kinds[("linear",)] = []
+    kept = sum(map(len, kinds.values())) < len(settings)
+    if len(kinds) == 1 and (not kept or _can_keep_base(next(iter(kinds)), specs)):
+        document = _document(next(iter(kinds)), settings, recipe, layout, specs, places)
+        return [{**document, "dtype": "float32", "out_dtype": out_dtype}]
+    _check_places([recipe.base, *(m for setting in settings.values() for m in setting.models)], places)
+    documents = []
+    for number, (kind, cells) in enumerate(kinds.items()):
+        # What the last document does not take from this stage repeats a setting that the stage has anyway.
+        own = [settings[cell] for cell in cells]
+        filler = max(own, key=own.count)
+        stage = {cell: settings[cell] if cell in cells else filler for cell in settings}
+        document = _document(kind, stage, recipe, layout, specs, places)
+        name = f"stage_{number:02d}"
+        documents.append({"name": name, **document, "dtype": "float32", "out_dtype": "float32"})
+    owner = {cell: documents[i]["name"] for i, cells in enumerate(kinds.values()) for cell in cells}
+    return [*documents, _selection(settings, owner, layout, places[recipe.base], documents, out_dtype)]
 
 
-def mergekit_text(documents: Sequence[Mapping[str, Any]], specs: Mapping[str, MethodSpec]) -> str:
-    """The documents as YAML, with the command that runs them in a comment on top."""
+def mergekit_text(
+    documents: Sequence[Mapping[str, Any]], specs: Mapping[str, MethodSpec], notes: Sequence[str] = ()
+) -> str:
+    """The documents as YAML, with the command that runs them and `notes` in a comment on top."""
     if len(documents) == 1:
-        command = "mergekit-yaml mergekit.yaml OUT --lora-merge-cache CACHE --lora-merge-dtype float32"
+        command = "mergekit-yaml mergekit.yaml OUT"
     else:
-        command = (
-            "mergekit-multi mergekit.yaml -I EMPTY_FOLDER --out-path OUT "
-            "--lora-merge-cache CACHE --lora-merge-dtype float32"
-        )
-    lines = [f"# For mergekit 0.1.5: {command}"]
-    if any(specs[d["merge_method"]].random for d in documents):
-        lines.append("# Random masks: mergekit draws other masks than evomerge, so the weights will differ.")
-        lines.append("# `evomerge merge recipe.yaml OUT` gives the weights that were scored.")
-    return "\n".join(lines) + "\n" + "---\n".join(dump_yaml(document) for document in documents)
+        # absolute, because mergekit would ask the hub for a stage whose path has the form of an id
+        command = "mergekit-multi mergekit.yaml -I $PWD/STAGES --out-path OUT"
+    if any(_has_adapter(row["model"]) for document in documents for row in document["models"]):
+        command += " --lora-merge-cache CACHE --lora-merge-dtype float32"
+    lines = [f"For mergekit 0.1.5: {command}"]
+    if len(documents) > 1:
+        lines.append("STAGES must be a new folder: mergekit reuses the stages that it finds there.")
+    if is_random(documents, specs):
+        lines.append("Random masks: mergekit draws other masks than evomerge, so the weights will differ.")
+        lines.append("`evomerge merge recipe.yaml OUT` gives the weights that were scored.")
+    head = "".join(f"# {line}\n" for line in (*lines, *notes))
+    return head + "---\n".join(dump_yaml(document) for document in documents)
 
 
-def places(recipe: Recipe, refs: Mapping[str, SourceRef], folders: Mapping[str, str]) -> dict[str, str]:
-    """mergekit's model reference of every source: folder or `id@revision`; adapters ride on the base."""
+def is_random(documents: Sequence[Mapping[str, Any]], specs: Mapping[str, MethodSpec]) -> bool:
+    """Whether a document draws random masks, which mergekit draws in its own way."""
+    random = {spec.mergekit for spec in specs.values() if spec.random}
+    return any(document["merge_method"] in random for document in documents)
 
-    def place(name: str) -> str:
-        ref = refs[name]
-        return f"{ref.text}@{ref.revision}" if ref.revision else folders[name]
 
-    base = place(recipe.base)
+def places(sources: SourceSet) -> dict[str, Place]:
+    """mergekit's model reference of every source: folder or `id@commit`; adapters ride on the base."""
+    parts = {name: _path(sources, name) for name in (sources.base_name, *sources.models)}
+    base = parts[sources.base_name]
     return {
-        name: f"{base}+{place(name)}" if refs[name].adapter else place(name)
-        for name in (recipe.base, *recipe.models)
+        name: _reference(base, part) if sources.refs[name].adapter else _reference(part)
+        for name, part in parts.items()
     }
 
 
-def torch_dtype_name(safetensors_dtype: str) -> str:
-    """`bfloat16` for `BF16` and so on."""
-    return _DTYPES[safetensors_dtype]
+def _path(sources: SourceSet, name: str) -> tuple[str, str | None]:
+    ref, folder = sources.refs[name], sources.folders[name]
+    if looks_like_path(ref.text):
+        return str(folder.resolve()), None
+    return ref.text, commit_of(folder) or ref.revision
 
 
-def _kind(setting: Setting) -> tuple[str, ...]:
-    """Settings of one kind fit one document: the same method and, for slerp, the same two models."""
-    pair = setting.method == "slerp" and len(setting.models) == 2
-    return (setting.method, *setting.models) if pair else (setting.method,)
+def _reference(model: tuple[str, str | None], lora: tuple[str, str | None] | None = None) -> Place:
+    """`path@revision+path@revision`, or the mapping form when a path contains one of the two signs."""
+    parts = [model] if lora is None else [model, lora]
+    if any(sign in path for path, _ in parts for sign in "+@"):
+        rows = [{"path": path} | ({"revision": rev} if rev else {}) for path, rev in parts]
+        return dict(zip(("model", "lora"), rows, strict=False))
+    return "+".join(f"{path}@{rev}" if rev else path for path, rev in parts)
+
+
+def _has_adapter(place: Place) -> bool:
+    return "+" in place if isinstance(place, str) else "lora" in place
+
+
+def _check_places(names: Iterable[str], places: Mapping[str, Place]) -> None:
+    """`mergekit-multi` writes every reference as text again, and cannot read that with a sign too many."""
+    for name in names:
+        if not isinstance(places[name], str):
+            raise ExportError(
+                f"model `{name}` or the base has `+` or `@` in its path, which `mergekit-multi` cannot read, "
+                "and the recipe needs several mergekit documents; rename the folder or merge with "
+                "`evomerge merge recipe.yaml`"
+            )
+
+
+def _complete(setting: Setting, cell: Cell, specs: Mapping[str, MethodSpec]) -> Setting:
+    return specs[setting.method].complete(setting, str(cell)) if setting.models else BASE_COPY
+
+
+def _kind(setting: Setting, specs: Mapping[str, MethodSpec]) -> Kind:
+    """Settings of one kind fit one document; a weight of 0 takes a model out, where there are weights."""
+    spec = specs[setting.method]
+    free = "weight" in spec.per_model and spec.max_models is None
+    return (setting.method,) if free else (setting.method, *setting.models)
+
+
+def _can_keep_base(kind: Kind, specs: Mapping[str, MethodSpec]) -> bool:
+    """Whether some setting of the kind gives the base: weights of 0, or t = 0 on the way from the base."""
+    method, *models = kind
+    return method == "linear" or specs[method].min_models == 0 or (method == "slerp" and len(models) == 1)
 
 
 def _document(
-    kind: tuple[str, ...],
-    settings: Mapping[Cell, Setting | None],
+    kind: Kind,
+    settings: Mapping[Cell, Setting],
     recipe: Recipe,
     layout: Layout,
-    spec: MethodSpec,
-    places: Mapping[str, str],
+    specs: Mapping[str, MethodSpec],
+    places: Mapping[str, Place],
 ) -> dict[str, Any]:
-    """One document over the whole model; cells with None keep the base's tensors."""
-    chosen = {cell: setting for cell, setting in settings.items() if setting is not None}
-    active = [m for m in (recipe.base, *recipe.models) if any(m in s.models for s in chosen.values())]
-    base, models = places[recipe.base], active or list(recipe.models[:1])
-    if len(kind) == 3:
-        base = places[kind[1]]
-    if spec.name == "linear" and len(chosen) < len(settings):
-        models = [recipe.base, *active]
+    """One document over the whole model; `BASE_COPY` cells keep the base's tensors."""
+    method, *models = kind
+    spec = specs[method]
+    base = models[0] if method == "slerp" and len(models) == 2 else recipe.base
+    if not models:
+        models = [m for m in recipe.models if any(m in s.models for s in settings.values())]
+        if method == "linear":  # where the base is an input like the others and needs a weight
+            models = [recipe.base, *models]
     rows = []
     for model in models:
-        row: dict[str, Any] = {"model": places[model]}
-        parameters = {
+        values = {
             key: _filters(
-                {c: _model_value(s, model, key, spec, recipe.base) for c, s in settings.items()}, layout
+                {c: _of_model(s, model, key, spec, recipe.base) for c, s in settings.items()}, layout
             )
             for key in spec.per_model
         }
-        rows.append({**row, "parameters": parameters} if parameters else row)
+        rows.append({"model": places[model], **({"parameters": values} if values else {})})
     shared = {
-        key: _filters({c: _shared_value(s, key, spec) for c, s in settings.items()}, layout)
-        for key in spec.shared
+        key: _filters({c: _shared(s, key) for c, s in settings.items()}, layout, default.default)
+        for key, default in spec.shared.items()
     }
-    document: dict[str, Any] = {"merge_method": spec.mergekit, "base_model": base, "models": rows}
-    return {**document, "parameters": shared} if shared else document
+    document = {"merge_method": spec.mergekit, "base_model": places[base], "models": rows}
+    return {**document, **({"parameters": shared} if shared else {})}
 
 
-def _model_value(setting: Setting | None, model: str, key: str, spec: MethodSpec, base: str) -> Value:
-    if setting is not None and model in setting.models:
+def _of_model(setting: Setting, model: str, key: str, spec: MethodSpec, base: str) -> Value | None:
+    if model in setting.models:
         return setting.models[model][key]
-    if key == "weight":
-        return 1.0 if spec.name == "linear" and setting is None and model == base else 0.0
-    default = spec.per_model[key].default
-    return 1.0 if default is None else default
+    if key != "weight":
+        return None
+    return float(spec.name == "linear" and setting == BASE_COPY and model == base)
 
 
-def _shared_value(setting: Setting | None, key: str, spec: MethodSpec) -> Value:
-    if setting is not None:
+def _shared(setting: Setting, key: str) -> Value | None:
+    if setting != BASE_COPY:
         return setting.parameters[key]
-    default = spec.shared[key].default
-    return 0.0 if default is None else default  # slerp's t: 0 is its first model
+    return 0.0 if key == "t" else None
 
 
-def _filters(values: Mapping[Cell, Value], layout: Layout) -> Value | list[dict[str, Any]]:
-    """A scalar, or the shortest list of filters that gives every tensor the value of its cell."""
-    table = {tensor: values[cell] for cell, tensors in layout.by_cell.items() for tensor in tensors}
-    counts = list(table.values())
-    default = max(dict.fromkeys(counts), key=counts.count)
-    if len(set(counts)) == 1:
+def _selection(
+    settings: Mapping[Cell, Setting],
+    owner: Mapping[Cell, str],
+    layout: Layout,
+    base: Place,
+    stages: Sequence[Mapping[str, Any]],
+    out_dtype: str,
+) -> dict[str, Any]:
+    """The last document: each tensor from its stage, or from the base, which also gives the config."""
+    names: list[tuple[str | None, Place]] = [(None, base), *((s["name"], s["name"]) for s in stages)]
+    models = [
+        {
+            "model": place,
+            "parameters": {
+                "weight": _filters({cell: float(owner.get(cell) == name) for cell in settings}, layout)
+            },
+        }
+        for name, place in names
+    ]
+    return {
+        "merge_method": "linear",
+        "base_model": base,
+        "models": models,
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+        "out_dtype": out_dtype,
+    }
+
+
+def _filters(
+    values: Mapping[Cell, Value | None], layout: Layout, unused: Value | None = None
+) -> Value | list[dict[str, Any]]:
+    """A scalar, or a short list of filters that gives every tensor the value of its cell.
+
+    Args:
+        values: None where any value will do.
+        layout: the cells' tensors.
+        unused: the value when any will do everywhere.
+    """
+    known = [value for value in values.values() if value is not None]
+    if not known:
+        return 1.0 if unused is None else unused
+    default = max(dict.fromkeys(known), key=known.count)
+    table = {
+        tensor: value
+        for cell, value in values.items()
+        if value is not None
+        for tensor in layout.by_cell[cell]
+    }
+    rows: dict[str, Value] = {}
+    for tensor, value in table.items():
+        if value == default or any(text in tensor for text in rows):
+            continue
+        for text in _candidates(tensor):
+            if all(other == value for name, other in table.items() if text in name):
+                rows[text] = value
+                break
+        else:  # no part tells it from its neighbours: full names, also of those that contain this one
+            rows.update({name: other for name, other in table.items() if tensor in name})
+    if not rows:
         return default
-    chosen: dict[str, Value] = {}
-    for tensor, value in table.items():
-        if value != default and not any(text in tensor for text in chosen):
-            chosen[_widest(tensor, value, table)] = value
-    rows = sorted(chosen.items(), key=lambda row: -len(row[0]))
-    for tensor, value in table.items():
-        found = next((v for text, v in rows if text in tensor), default)
-        if found != value:
-            raise ExportError(
-                f"tensor `{tensor}`: no mergekit filter tells it from its neighbours; "
-                "merge with `evomerge merge recipe.yaml` instead"
-            )
-    return [*({"filter": text, "value": value} for text, value in rows), {"value": default}]
+    ordered = sorted(rows.items(), key=lambda row: -len(row[0]))
+    return [*({"filter": text, "value": value} for text, value in ordered), {"value": default}]
 
 
-def _widest(tensor: str, value: Value, table: Mapping[str, Value]) -> str:
-    """The shortest leading part of a tensor's name whose every match has this value."""
-    return next(
-        (text for text in _prefixes(tensor) if all(v == value for name, v in table.items() if text in name)),
-        tensor,
-    )
-
-
-def _prefixes(tensor: str) -> Iterator[str]:
-    """`model.layers.3.`, `model.layers.3.mlp.` and so on; the final dot keeps 3 apart from 30."""
+def _candidates(tensor: str) -> Iterator[str]:
+    """`.mlp.`, `.mlp.up_proj.`, then `model.layers.3.`, `model.layers.3.mlp.`; the dot keeps 3 from 30."""
     match = LAYER.search(tensor)
-    parts = tensor.split(".")
-    first = tensor[: match.end()].count(".") if match else len(parts)
-    for end in range(first, len(parts)):
-        yield ".".join(parts[:end]) + "."
+    if match:
+        parts = tensor[match.end() :].split(".")
+        for end in range(1, len(parts)):
+            yield "." + ".".join(parts[:end]) + "."
+        for end in range(len(parts)):
+            yield tensor[: match.end()] + "".join(f"{part}." for part in parts[:end])

@@ -5,6 +5,7 @@ Imports: `recipe`, `sources`, `yamlfile`; never torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,22 @@ import yaml
 
 from evomerge.errors import RecipeError
 from evomerge.recipe import Recipe
-from evomerge.sources.reference import SourceRef
+from evomerge.sources.reference import SourceRef, looks_like_path
 from evomerge.sources.source_set import SourceSet
 from evomerge.yamlfile import load_yaml
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper; text that is a number in YAML 1.2 is quoted, and nothing is an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+# PyYAML follows YAML 1.1, where `1e5` is text; our loader reads a number.
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def recipe_document(
@@ -25,8 +39,11 @@ def recipe_document(
     rows = {}
     for row in sources.describe():
         ref = sources.refs[row["name"]]
-        where = ref.text if row["revision"] else str(sources.folders[row["name"]].resolve())
-        entry = {ref.key: where, "revision": row["revision"], "sha256": row["sha256"]}
+        if looks_like_path(ref.text):  # also a folder of the hub's cache, whose commit it is not asked for
+            entry = {ref.key: str(sources.folders[row["name"]].resolve())}
+        else:
+            entry = {ref.key: ref.text, "revision": row["revision"]}
+        entry["sha256"] = row["sha256"]
         rows[row["name"]] = {key: value for key, value in entry.items() if value is not None}
     document = {**recipe.as_json(), "digest": recipe.digest, "sources": rows}
     return {**document, "scores": dict(scores)} if scores else document
@@ -39,7 +56,14 @@ def write_yaml(path: Path, document: Mapping[str, Any], comment: str = "") -> No
 
 def dump_yaml(document: Mapping[str, Any]) -> str:
     """YAML text with keys in their order and short collections on one line."""
-    return yaml.dump(dict(document), sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    return yaml.dump(
+        dict(document),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=110,
+        default_flow_style=None,
+    )
 
 
 def _commented(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from evomerge.errors import ExportError
-from evomerge.sources.checkpoint import INDEX, SINGLE, Checkpoint
+from evomerge.sources.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from evomerge.sources.tying import mergeable
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_SHARD_BYTES = 5_000_000_000
 SLACK_BYTES = 64 << 20  # for the tokenizer, which is tens of megabytes at most, and safetensors headers
+WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes per entry
 COPIED = (
     "config.json",
     "generation_config.json",
@@ -54,6 +55,7 @@ def write_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """Write a model folder and return it.
 
@@ -64,6 +66,7 @@ def write_model(
         max_shard_bytes: most bytes of tensors in one file; a larger tensor gets a file of its own.
         card: text of README.md; None writes none.
         metadata: added to every safetensors header, beside `format: pt`.
+        dtype: torch name of the tensors' dtype, when it is not the base's: config.json will say so.
 
     Raises:
         ExportError: `folder` is in use, the disk has not enough free space for a model of the base's size,
@@ -77,11 +80,13 @@ def write_model(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # left by a write that was killed
-        _check_disk(folder, sum(base.tensors[name].nbytes for name in mergeable(base)) + SLACK_BYTES)
+        _check_disk(folder, _bytes(base, dtype) + SLACK_BYTES)
         partial.mkdir()
         _write_tensors(partial, tensors, max_shard_bytes, {"format": "pt", **(metadata or {})})
         for source in _copied(base_folder):
             shutil.copyfile(source, partial / source.name)
+        if dtype is not None:
+            _state_dtype(partial / "config.json", dtype)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
         partial.replace(folder)
@@ -92,6 +97,22 @@ def write_model(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _bytes(base: Checkpoint, dtype: str | None) -> int:
+    """Size of a merge of `base`, its floating tensors in `dtype`; None: in their own."""
+    infos = [base.tensors[name] for name in mergeable(base)]
+    return sum(info.numel * WIDTHS[dtype] if dtype and info.floating else info.nbytes for info in infos)
+
+
+def _state_dtype(path: Path, dtype: str) -> None:
+    """Put `dtype` wherever config.json names one; models with several towers name one for each."""
+    config = read_json(path)
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in section or (section is config and key == "dtype"):
+                section[key] = dtype
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_disk(folder: Path, needed: int) -> None:

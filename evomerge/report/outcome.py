@@ -15,26 +15,37 @@ NOUNS = {"source": "source", "fixed": "fixed recipe"}
 
 
 def headline(result: Result) -> str:
-    """One sentence: significant or not, over the best source and over the best fixed recipe."""
+    """One sentence: what was gained, over the best source and the best fixed recipe, on held-out items."""
     winner = result.winner
-    rivals = [(NOUNS[entry.kind], entry, lead) for entry, lead in result.rivals]
-    if winner.kind != "search":
-        start = (
-            f"No gain from the search: on fresh items the fixed recipe `{winner.label}` was chosen itself"
-            if winner.kind == "fixed"
-            else f"No gain from merging: on fresh items `{winner.label}` alone was chosen"
-        )
-    elif rivals and all(lead.significant for _, _, lead in rivals):
-        start = f"Significant gain: `{winner.label}`"
-    else:
-        weak = [what for what, _, lead in rivals if not lead.significant]
-        start = f"Not significant over the best {' and the best '.join(weak)}: `{winner.label}`"
-    parts = [
-        f"{_signed(lead)} over the best {what} (`{entry.label}`, {_value(entry.held_out)})"
-        for what, entry, lead in rivals
+    text = (
+        f"{_verdict(result)}: `{winner.label}` scores {_value(winner.held_out)} on "
+        f"{result.items['held_out']} held-out items"
+    )
+    differences = [
+        f"to the best {_noun(result, entry)} (`{entry.label}`, {_value(entry.held_out)}) {_signed(lead)}"
+        for entry, lead in result.rivals
     ]
-    scored = f"scores {_value(winner.held_out)} on {result.items['held_out']} held-out items"
-    return f"{start} {scored}; {'; '.join(parts)}." if parts else f"{start} {scored}."
+    return f"{text}; difference {', '.join(differences)}." if differences else f"{text}."
+
+
+def _verdict(result: Result) -> str:
+    kind = result.winner.kind
+    if kind == "base":
+        return "No gain from merging, the base model won on the selection items"
+    if kind == "source":
+        return "No gain from merging, a source alone won on the selection items"
+    gained = [_noun(result, entry) for entry, lead in result.rivals if lead.significant]
+    missed = [_noun(result, entry) for entry, lead in result.rivals if not lead.significant]
+    if kind == "fixed":
+        return "No gain from the search, a fixed recipe won on the selection items"
+    if missed or not gained:
+        return f"Not significant over the best {' and the best '.join(missed or ['source'])}"
+    return f"Significant gain over the best {' and the best '.join(gained)}"
+
+
+def _noun(result: Result, entry: Entry) -> str:
+    """`source`, or `other source` when the winner is a source itself; likewise for fixed recipes."""
+    return ("other " if entry.kind == result.winner.kind else "") + NOUNS[entry.kind]
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
@@ -66,20 +77,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def as_markdown(result: Result, facts: Mapping[str, Any]) -> str:
     """The whole outcome: headline, table, how it was measured."""
     items = ", ".join(f"{count} {split.replace('_', '-')}" for split, count in result.items.items())
-    return (
-        "\n\n".join(
-            [
-                headline(result),
-                markdown_table(*table(result)),
-                f"Items: {items}. Intervals: 95 %, bootstrap over items, paired for the winner's lead. The winner "
-                "was chosen on the selection items; held-out items were scored once, after the search. The best "
-                "source and the best fixed recipe are the best on the held-out items, which makes the comparison "
-                "harder for the winner.",
-                "\n".join(f"- {key}: {value}" for key, value in facts.items()),
-            ]
-        )
-        + "\n"
+    method = (
+        f"Items: {items}. Intervals: 95 %, bootstrap over items, paired for the winner's lead. The winner "
+        "was chosen on the selection items; held-out items were scored once, after the search. The best "
+        "source and the best fixed recipe are the best on the held-out items, which makes the comparison "
+        "harder for the winner."
     )
+    lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    return "\n\n".join([headline(result), markdown_table(*table(result)), method, lines]) + "\n"
 
 
 def as_json(result: Result) -> dict[str, Any]:

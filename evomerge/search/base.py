@@ -63,8 +63,8 @@ class Start:
     """Where a search begins.
 
     Attributes:
-        params: the point around which the first proposals are drawn; the first proposal is this point
-            itself when `include` is true.
+        params: the point around which the first proposals are drawn, and the first proposal itself
+            unless its fitness is in `known`.
         sigma: standard deviation of the first proposals, in units of each parameter's range, in (0, 1].
         known: further points of known fitness (fixed recipes, the stage before) that the optimizer may
             learn from; they count as no trials.

@@ -11,7 +11,8 @@ from datetime import datetime, timedelta
 
 from evomerge.errors import ConfigError
 
-_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_DURATION = re.compile(rf"(?:{_NUMBER} ?h)? ?(?:{_NUMBER} ?m(?:in)?)? ?(?:{_NUMBER} ?s)?")
 _UNTIL = re.compile(r"until (\d{1,2}):(\d{2})")
 
 
@@ -23,13 +24,10 @@ def seconds_of(text: str, now: datetime) -> float:
     Raises:
         ConfigError: neither form, or a time of zero length.
     """
-    text = text.strip().lower()
-    if match := _UNTIL.fullmatch(text):
-        hour, minute = int(match[1]), int(match[2])
-        if hour < 24 and minute < 60:
-            end = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
-            return ((end if end > now else end + timedelta(days=1)) - now).total_seconds()
-    elif (match := _DURATION.fullmatch(text.replace(" ", ""))) and any(match.groups()):
+    end = end_of(text, now)
+    if end is not None:
+        return (end - now).total_seconds()
+    if (match := _DURATION.fullmatch(" ".join(text.lower().split()))) and any(match.groups()):
         hours, minutes, seconds = (float(part or 0) for part in match.groups())
         if total := hours * 3600 + minutes * 60 + seconds:
             return total
@@ -39,9 +37,25 @@ def seconds_of(text: str, now: datetime) -> float:
     )
 
 
+def end_of(text: str, now: datetime) -> datetime | None:
+    """The moment that `until 07:30` names, the next one after `now`; None when `text` is no such form."""
+    match = _UNTIL.fullmatch(" ".join(text.lower().split()))
+    if match is None or int(match[1]) > 23 or int(match[2]) > 59:
+        return None
+    end = now.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
+    return end if end > now else end + timedelta(days=1)
+
+
 @dataclass(frozen=True)
 class Budget:
-    """Limits of a whole run; None is no limit. `seconds` counts the run's own clock, final part included."""
+    """Limits of a whole run; None is no limit.
+
+    Attributes:
+        trials: trials of every kind and outcome, fixed recipes included.
+        seconds: of the run's own clock, which stands still while no process works on the run; selection,
+            held-out items and export included.
+        items: item evaluations on calibration items.
+    """
 
     trials: int | None = None
     seconds: float | None = None
@@ -62,7 +76,8 @@ def used(budget: Budget, start: Spent, now: Spent, reserve: float) -> float:
 
     Args:
         budget: limits of the run.
-        start: what had been spent when the search began (after the fixed recipes).
+        start: what had been spent when the search began (after the fixed recipes). A limit that they
+            reached is used up.
         now: what has been spent by now.
         reserve: seconds kept back for selection, held-out items and export.
     """

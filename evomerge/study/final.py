@@ -10,10 +10,10 @@ Imports: `evaluate`, `study`; never torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from evomerge.errors import EngineError
+from evomerge.errors import EngineError, RecipeError
 from evomerge.evaluate.evaluator import subset
 from evomerge.evaluate.items import SPLITS, Split
 from evomerge.evaluate.score import (
@@ -28,8 +28,9 @@ from evomerge.evaluate.score import (
 )
 from evomerge.recipe import Recipe
 from evomerge.study.scoring import Scorebook
-from evomerge.study.study import Study, best_trial
-from evomerge.study.trial import FIXED, Trial
+from evomerge.study.study import Study
+from evomerge.study.totals import best_trial, fitness
+from evomerge.study.trial import Outcome, Trial
 
 Kind = Literal["base", "source", "fixed", "search"]
 
@@ -93,79 +94,89 @@ class Final:
         self._seed = study.plan.seed
 
     def run(self) -> Result:
-        """Select, then score the winner and its rivals on the held-out items, once."""
-        finalists = self.finalists()
-        selection = {e.recipe.digest: self._score(e, "selection") for e in finalists}
-        fitness = {digest: self._interval(scores) for digest, scores in selection.items()}
-        winner = max(finalists, key=lambda e: fitness[e.recipe.digest].value)
-        rivals = [self._entry(f.label, f.kind, f.recipe) for f in self._study.plan.fixed]
-        entries = [winner, *(r for r in rivals if r.recipe.digest != winner.recipe.digest)]
+        """Select, then score the winner and its rivals on the held-out items, once.
+
+        A recipe that is infeasible, here or on the calibration items, takes no part.
+
+        Raises:
+            EngineError: the machine failed; a later call goes on from what has been scored.
+            RecipeError: the winner turned out infeasible on the held-out items.
+        """
+        selection = {e.recipe.digest: (e, self._score(e, "selection")) for e in self.finalists()}
+        fitness_of = {d: self._interval(scores) for d, (_, scores) in selection.items() if scores}
+        if not fitness_of:
+            raise RecipeError(
+                "no recipe gives finite scores on the selection items; narrow the weights' range"
+            )
+        # Among equals the fixed recipe wins: it comes first.
+        best = max(fitness_of, key=lambda digest: fitness_of[digest].value)
+        winner = selection[best][0]
+        fixed = [self._entry(f.label, f.kind, f.recipe) for f in self._study.plan.fixed]
+        entries = [winner, *(e for e in fixed if e.recipe.digest != best)]
         with self._suite.unsealed():
-            held_out = {e.recipe.digest: self._score(e, "held_out") for e in entries}
-        rows = [self._row(e, winner, fitness, held_out) for e in entries]
+            held_out = [self._score(e, "held_out") for e in entries]
+        if not held_out[0]:
+            raise RecipeError(f"`{winner.label}` gives no finite scores on the held-out items; search again")
+        rows = [
+            replace(
+                entry,
+                selection=fitness_of.get(entry.recipe.digest),
+                held_out=self._interval(scores),
+                tasks=score_tasks(scores),
+                lead=None if entry is winner else self._lead(held_out[0], scores),
+            )
+            for entry, scores in zip(entries, held_out, strict=True)
+            if scores
+        ]
         rows[1:] = sorted(rows[1:], key=lambda e: -(e.held_out.value if e.held_out else 0.0))
         sizes = list(self._suite.sizes().values())
         items = {split: sum(task[split] for task in sizes) for split in SPLITS}
         return Result(rows[0], tuple(rows), items)
 
     def finalists(self) -> list[Entry]:
-        """The top few of the search by calibration, and the best fixed recipe; distinct recipes only."""
-        ranked = sorted(
-            (t for t in self._study.log if t.told is not None), key=lambda t: (-(t.told or 0.0), t.number)
-        )
-        chosen: dict[str, Entry] = {}
-        for trial in ranked:
-            if trial.stage != FIXED and len(chosen) < self._top and trial.digest not in chosen:
-                chosen[trial.digest] = self._of_trial(trial)
-        fixed = best_trial(t for t in ranked if t.stage == FIXED)
-        if fixed is not None:
-            chosen.setdefault(fixed.digest, self._of_trial(fixed))
-        if not chosen:
-            raise EngineError("no recipe could be scored, so there is none to select")
-        return list(chosen.values())
+        """The best fixed recipe, then the top few that the search found, by calibration; all distinct.
 
-    def _of_trial(self, trial: Trial) -> Entry:
-        kinds: dict[str, Kind] = {f.label: f.kind for f in self._study.plan.fixed}
-        kind = kinds.get(trial.label, "search")
-        label = trial.label or f"trial {trial.number}"
-        return Entry(label, kind, self._study.recipe_of(trial), trial.told)
+        Raises:
+            EngineError: no recipe is complete.
+        """
+        log, fixed = self._study.log, {f.recipe.digest: f for f in self._study.plan.fixed}
+        best = best_trial(t for t in log if t.digest in fixed)
+        found: dict[str, Trial] = {}
+        complete = (t for t in log if t.told is not None and t.digest not in fixed)
+        for trial in sorted(complete, key=fitness, reverse=True):
+            found.setdefault(trial.digest, trial)
+        chosen = [
+            Entry(f"trial {t.number}", "search", self._study.recipe_of(t), t.told)
+            for t in list(found.values())[: self._top]
+        ]
+        if best is not None:
+            known = fixed[best.digest]
+            chosen.insert(0, Entry(known.label, known.kind, known.recipe, best.told))
+        if not chosen:
+            raise EngineError("no recipe could be scored, so there is none to select; see `evomerge status`")
+        return chosen
 
     def _entry(self, label: str, kind: Kind, recipe: Recipe) -> Entry:
-        told = [t.told for t in self._study.log if t.digest == recipe.digest and t.told is not None]
-        return Entry(label, kind, recipe, told[0] if told else None)
+        digest = recipe.digest
+        told = (t.told for t in self._study.log if t.digest == digest and t.told is not None)
+        return Entry(label, kind, recipe, next(told, None))
 
     def _score(self, entry: Entry, split: Split) -> Sequence[ItemScore]:
-        items = subset(self._suite, split)
-        scored = self._book.score(entry.recipe, items, f"{split}/{entry.recipe.digest[:12]}")
-        if scored.error:
+        """Item scores, in the order of the items; empty when the recipe is infeasible."""
+        scored = self._book.score(entry.recipe, subset(self._suite, split), f"{split}/")
+        name = split.replace("_", "-")
+        if scored.outcome is Outcome.FAILED:
             raise EngineError(
-                f"{entry.label} could not be scored on the {split} items: {scored.error}. "
+                f"`{entry.label}` could not be scored on the {name} items: {scored.error}. "
                 "Go on with `evomerge resume`; what has been scored is kept"
             )
-        self._progress(f"{split}: {entry.label} {self._interval(scored.scores).value:.3f}")
+        shown = f"{self._interval(scored.scores).value:.3f}" if scored.scores else scored.error
+        self._progress(f"{name}: {entry.label} {shown}")
         return scored.scores
 
-    def _row(
-        self,
-        entry: Entry,
-        winner: Entry,
-        selection: Mapping[str, Estimate],
-        held_out: Mapping[str, Sequence[ItemScore]],
-    ) -> Entry:
-        mine = held_out[entry.recipe.digest]
-        lead = None
-        if entry is not winner:
-            best = values_by_task(held_out[winner.recipe.digest])
-            lead = paired_bootstrap(best, values_by_task(mine), seed=self._seed, **self._rule())
-        return Entry(
-            entry.label,
-            entry.kind,
-            entry.recipe,
-            entry.calibration,
-            selection.get(entry.recipe.digest),
-            self._interval(mine),
-            score_tasks(mine),
-            lead,
+    def _lead(self, winner: Sequence[ItemScore], other: Sequence[ItemScore]) -> Interval:
+        return paired_bootstrap(
+            values_by_task(winner), values_by_task(other), seed=self._seed, **self._rule()
         )
 
     def _interval(self, scores: Sequence[ItemScore]) -> Estimate:
@@ -176,5 +187,5 @@ class Final:
         return {
             "weights": suite.weights,
             "kind": suite.aggregate,
-            "best_source": self._study.best_source(),
+            "best_source": self._study.best_source,
         }

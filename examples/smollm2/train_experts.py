@@ -15,6 +15,7 @@ Imports: torch, transformers, peft, and `data.py` beside this file.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -90,9 +91,7 @@ def batches(
         )
 
 
-def answer_loss(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+def answer_loss(model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the labelled tokens; logits are made for these alone."""
     hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     wanted = labels[:, 1:] != -100
@@ -116,9 +115,7 @@ def train(name: str, recipe: Recipe, out: Path) -> float:
     adapted = get_peft_model(model, config)
     adapted.train()
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / WARM_UP, (recipe.steps - step) / recipe.steps),
@@ -151,8 +148,10 @@ def save(adapted: Any, folder: Path) -> None:
             folder / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        text = (Path(scratch) / "adapter_config.json").read_text(encoding="utf-8")
-        (folder / "adapter_config.json").write_text(text.rstrip() + "\n", encoding="utf-8")
+        config = json.loads((Path(scratch) / "adapter_config.json").read_text(encoding="utf-8"))
+        config["target_modules"].sort()  # peft writes a set
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 def main() -> int:

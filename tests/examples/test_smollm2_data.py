@@ -24,7 +24,8 @@ TRAINING_COUNT = 6400
 
 def _load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"smollm2_{name}", EXAMPLE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -43,9 +44,7 @@ def committed(task: str) -> list[dict[str, str]]:
 @cache
 def training_questions() -> frozenset[str]:
     return frozenset(
-        example.question
-        for expert in EXPERTS
-        for example in data.training_examples(expert, TRAINING_COUNT)
+        example.question for expert in EXPERTS for example in data.training_examples(expert, TRAINING_COUNT)
     )
 
 

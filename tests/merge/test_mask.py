@@ -33,7 +33,7 @@ def test_neighbours_and_rows_are_uncorrelated(lag):
 
 
 def test_two_seeds_are_uncorrelated_even_where_their_hash_inputs_coincide():
-    """The first key shifts the index; at the lag that undoes the shift only the second key tells seeds apart."""
+    """The first key shifts the index; where lags undo the shift only the second key tells seeds apart."""
     for seed in range(4):
         shift = (_keys(seed)[0] - _keys(seed + 1)[0]) % (1 << 32)
         a = keep_mask(seed, 0.5, N).double() * 2 - 1
@@ -87,7 +87,7 @@ def test_dare_agrees_with_the_definition_for_a_given_mask(case, dtype, tolerance
 
 
 def test_dare_is_unbiased(merge):
-    """Of equal magnitudes the L1 rescaling keeps the sum exactly, so the mean over seeds is the task vector."""
+    """Of equal magnitudes the L1 rescaling keeps the sum, so the mean over seeds is the task vector."""
     delta = torch.ones(64)
     setting = Setting("dare_linear", {}, {"m": {"weight": 1.0, "density": 0.25}})
     results = [merge(setting, torch.zeros(64), [delta], seeds=(seed,)) for seed in range(2000)]

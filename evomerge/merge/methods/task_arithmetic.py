@@ -25,6 +25,7 @@ SPEC = MethodSpec(
     shared={"lambda": LAMBDA, "normalize": normalize(False)},
     per_model={"weight": WEIGHT},
     canonical=canonical,
+    unchanged_is_absent=True,
     mergekit="task_arithmetic",
     source="Ilharco 2022, arXiv:2212.04089",
 )

@@ -56,6 +56,7 @@ SPEC = MethodSpec(
     shared={"lambda": LAMBDA, "normalize": normalize(True), "rescale": rescale(False)},
     per_model={"weight": WEIGHT, "density": DENSITY},
     canonical=canonical,
+    unchanged_is_absent=True,
     mergekit="ties",
     source="Yadav 2023, arXiv:2306.01708; per tensor as mergekit 0.1.5",
 )

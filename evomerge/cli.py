@@ -1,0 +1,222 @@
+"""The command line. Each command is a few lines: parse, call `build`, print.
+
+Imports: `build`, `config` and the rest inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from evomerge import __version__
+from evomerge.errors import EvomergeError
+
+if TYPE_CHECKING:
+    from evomerge.study.final import Result
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Search for the best way to merge fine-tuned language models, and prove that it is better.",
+)
+out = Console()
+err = Console(stderr=True)
+log = logging.getLogger("evomerge")
+
+RunFile = Annotated[
+    Path, typer.Argument(metavar="RUN.yaml", help="The run file; `evomerge init` writes one.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUNDIR", help="A run's directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]
+Shard = Annotated[float, typer.Option(help="Largest size of one file of weights, in GB.", min=0.001)]
+
+
+def main() -> None:
+    """Run the command line; errors that a user can act on end with one message and exit code 2."""
+    try:
+        app()
+    except EvomergeError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        message = f"{type(error).__name__}: {error}"
+        err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("Stopped. Finished trials are kept; go on with `evomerge resume RUNDIR`.", markup=False)
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def search(
+    run_file: RunFile,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search, choose on fresh data, prove and export."""
+    from evomerge.config import load_config
+
+    _search(load_config(run_file), resume, as_json)
+
+
+@app.command()
+def resume(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """Go on with a stopped run."""
+    from evomerge.build import config_of
+
+    _search(config_of(run_dir), True, as_json)
+
+
+def _search(loaded: Any, resume: bool, as_json: bool) -> None:
+    from evomerge.build import run_search
+    from evomerge.live import LiveObserver
+    from evomerge.report.outcome import as_json as outcome_json
+
+    with LiveObserver(err, loaded.run_dir) as observer:
+        result = run_search(loaded, resume=resume, observer=observer, say=observer.say)
+    if as_json:
+        sys.stdout.write(json.dumps(outcome_json(result), indent=1) + "\n")
+        return
+    _print_outcome(result)
+    best = loaded.run_dir / "best"
+    out.print(f"\nWinner: {best}/recipe.yaml   Report: {loaded.run_dir}/outcome.md", highlight=False)
+
+
+def _print_outcome(result: Result) -> None:
+    from evomerge.report.outcome import headline, table
+
+    out.print(headline(result), style="bold", markup=False, highlight=False, soft_wrap=True)
+    out.print(_table(*table(result)))
+
+
+def _table(header: list[str], rows: list[list[str]]) -> Table:
+    grid = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+@app.command()
+def status(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """Where a run stands: trials, incumbent, time. Reads only; works while the run goes on."""
+    from evomerge.status import read_status, status_rows
+
+    facts = read_status(run_dir)
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+        return
+    if facts["headline"]:
+        out.print(facts["headline"], style="bold", markup=False, highlight=False, soft_wrap=True)
+    out.print(_table(*status_rows(facts)))
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Our recipe, or a mergekit YAML.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to write.")],
+    max_shard_gb: Shard = 5.0,
+    allow_changed: Annotated[
+        bool, typer.Option("--allow-changed", help="Merge sources that changed since the recipe was scored.")
+    ] = False,
+) -> None:
+    """Merge a recipe into a model folder."""
+    from evomerge.build import merge_model
+
+    written = merge_model(recipe, folder, max_shard_gb=max_shard_gb, allow_changed=allow_changed)
+    out.print(f"Wrote {written}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL-OR-RECIPE", help="Model folder, hub id or recipe.")],
+    fitness: Annotated[str, typer.Argument(metavar="FITNESS.yaml", help="Task suite: path or shipped name.")],
+    split: Annotated[str, typer.Option(help="calibration, selection or held_out.")] = "selection",
+    limit: Annotated[int | None, typer.Option(help="Most items per task.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score a model or a recipe on a task suite."""
+    from evomerge.build import evaluate_model
+    from evomerge.errors import ConfigError
+    from evomerge.evaluate.items import check_split
+    from evomerge.resources import find_resource
+
+    chosen = check_split(split, "--split", ConfigError)
+    path = find_resource("fitness", fitness, Path.cwd(), "FITNESS.yaml")
+    scores, fitness_value = evaluate_model(model, path, split=chosen, limit=limit, device=device, dtype=dtype)
+    if as_json:
+        data = {"fitness": fitness_value, "tasks": {task: score._asdict() for task, score in scores.items()}}
+        sys.stdout.write(json.dumps(data, indent=1) + "\n")
+        return
+    rows = [[task, f"{s.mean:.3f}", _plus_minus(s.stderr), str(s.n)] for task, s in scores.items()]
+    items = str(sum(score.n for score in scores.values()))
+    total = ["fitness", f"{fitness_value:.3f}", "", items]
+    out.print(_table(["task", "score", "stderr", "items"], [*rows, total]))
+
+
+def _plus_minus(stderr: float | None) -> str:
+    return "" if stderr is None else f"±{stderr:.3f}"
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    model: Annotated[bool, typer.Option("--model", help="Write the model folder too.")] = False,
+    folder: Annotated[Path | None, typer.Option("--out", help="Where to; default RUNDIR/best/model.")] = None,
+    max_shard_gb: Shard = 5.0,
+) -> None:
+    """Show a finished run's recipes and, with --model, write its winner as a model folder."""
+    from evomerge.build import export_run
+
+    for path in export_run(run_dir, model=model, folder=folder, max_shard_gb=max_shard_gb):
+        out.print(path, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(run_file: RunFile, as_json: AsJson = False) -> None:
+    """Everything that can be known before the night: sources, space, disk, memory, seconds per candidate."""
+    from evomerge.check import check_run
+    from evomerge.config import load_config
+
+    facts = check_run(load_config(run_file), say=lambda line: err.print(line, markup=False, highlight=False))
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+        return
+    out.print(_table(["check", "found"], [[key, _shown(value)] for key, value in facts.items()]))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return "\n".join(_shown(inner) for inner in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def init(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The file to write.")] = Path(
+        "run.yaml"
+    ),
+) -> None:
+    """Write an annotated run file to start from."""
+    from evomerge.template import write_template
+
+    write_template(run_file)
+    out.print(f"Wrote {run_file}. Edit it, then: evomerge check {run_file}", highlight=False)

@@ -1,0 +1,231 @@
+"""Merge what a mergekit file asks for, without mergekit.
+
+Everything is computed in float32 and cast once, whatever `dtype` says: with `dtype: float32` the weights
+are mergekit's; with `dtype: bfloat16` they are more exact than its own. Random masks are evomerge's.
+
+Named documents, and adapters of other models than the base, become temporary model folders beside the output.
+
+Imports: torch, `merge`, `sources`, `export.mergekit_reader`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evomerge.errors import ExportError, RecipeError
+from evomerge.export.mergekit_reader import Document, ModelRef, Row, read_mergekit
+from evomerge.merge.merger import Merger
+from evomerge.merge.methods import SPECS
+from evomerge.merge.plan import MergePlan, TensorOp
+from evomerge.merge.writer import MAX_SHARD_BYTES, write_model
+from evomerge.recipe import Recipe
+from evomerge.sources.checkpoint import Checkpoint
+from evomerge.sources.reference import SourceRef
+from evomerge.sources.source_set import SourceSet
+from evomerge.sources.tokenizer import vocabulary
+from evomerge.sources.tying import embedding_of
+
+
+def merge_mergekit(path: Path, out: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, seed: int = 0) -> Path:
+    """Merge the mergekit file `path` into the model folder `out`; returns `out`.
+
+    Relative paths of models count from the working directory, as in mergekit; one that exists only beside
+    the file is found there.
+
+    Args:
+        path: one document, or several of which all but one have a `name`.
+        out: does not exist, or is empty.
+        max_shard_bytes: most bytes of tensors in one file.
+        seed: of random masks, in [0, 2**32).
+
+    Raises:
+        ConfigError, RecipeError: what is wrong or not supported in the file, and where.
+        SourceError: a model cannot be read, or does not fit the others.
+        ExportError: `out` is in use, or the disk is too small.
+    """
+    documents = read_mergekit(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"`{out}` exists and is not an empty folder; remove it or choose another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.stages-", dir=out.parent))
+    card = (
+        f"---\nlibrary_name: transformers\ntags:\n- merge\n- evomerge\n---\n\n# {out.name}\n\nA merge made "
+    )
+    card += f"with evomerge from a mergekit file.\n\n```yaml\n{path.read_text(encoding='utf-8')}```\n"
+    try:
+        run = _Run(path.parent, scratch, {}, seed)
+        for document in documents[:-1]:
+            run.stage(document)
+        return run.write(documents[-1], out, card, max_shard_bytes)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One file being merged.
+
+    Attributes:
+        home: folder of the file.
+        scratch: where stages are written.
+        done: name of a document, or reference of a model with an adapter -> its stage.
+        seed: of random masks.
+    """
+
+    home: Path
+    scratch: Path
+    done: dict[str, Path]
+    seed: int
+
+    def stage(self, document: Document) -> Path:
+        """Merge a document that others use, once."""
+        name = str(document.name)
+        if name not in self.done:
+            self.done[name] = self.write(document, self.scratch / f"{len(self.done):02d}")
+        return self.done[name]
+
+    def write(
+        self,
+        document: Document,
+        folder: Path,
+        card: str | None = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> Path:
+        """Merge a document into `folder`."""
+        sources, names = self._open(document)
+        _check_tokens(document, sources)
+        return write_model(
+            folder,
+            _tensors(document, sources, names, self.seed),
+            sources.folders[sources.base_name],
+            max_shard_bytes=max_shard_bytes,
+            card=card,
+            dtype=document.dtype,
+        )
+
+    def _open(self, document: Document) -> tuple[SourceSet, dict[ModelRef, str]]:
+        """The document's models as sources, and their names.
+
+        The base of the sources is `base_model`, or the first model, without its adapter.
+        """
+        root = document.refs[0]
+        # An adapted base that task vectors count from must be whole; one that is an input need not be.
+        whole = root.lora is not None and root not in [ref for ref, _ in document.models]
+        base = root if whole else root.plain
+        names, sources = {base: str(base)}, {}
+        for ref, _ in document.models:
+            if ref == base:
+                continue
+            names[ref] = str(ref)
+            if ref.lora and ref.plain == base:
+                sources[names[ref]] = SourceRef(adapter=self._place(ref.lora), revision=ref.lora_revision)
+            else:
+                sources[names[ref]] = self._model(ref)
+        return SourceSet.open(self._model(base), sources, names[base]), names
+
+    def _model(self, ref: ModelRef) -> SourceRef:
+        """A full model; an adapter is merged into its model first."""
+        if ref.path in self.done and ref.lora is None:
+            return SourceRef(model=str(self.done[ref.path]))
+        if ref.lora is None:
+            return SourceRef(model=self._place(ref.path), revision=ref.revision)
+        whole = {"weight": (Row(None, (1.0,)),)}
+        document = Document(
+            f"model `{ref}`", str(ref), SPECS["task_arithmetic"], ref.plain, ((ref, whole),), {}, "float32"
+        )
+        return SourceRef(model=str(self.stage(document)))
+
+    def _place(self, text: str) -> str:
+        beside = self.home / text
+        return str(beside.resolve()) if not Path(text).exists() and beside.exists() else text
+
+
+@dataclass(frozen=True)
+class _Float32Sources:
+    """Sources whose base is read as float32, so that merged tensors are cast once, to the dtype written."""
+
+    sources: SourceSet
+
+    @property
+    def base_name(self) -> str:
+        return self.sources.base_name
+
+    def base_tensor(self, name: str) -> torch.Tensor:
+        tensor = self.sources.base_tensor(name)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def delta(self, model: str, name: str) -> torch.Tensor | None:
+        return self.sources.delta(model, name)
+
+
+def _tensors(
+    document: Document, sources: SourceSet, names: Mapping[ModelRef, str], seed: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Merged tensors in the dtype that the document asks for."""
+    merger = Merger(_Float32Sources(sources))
+    for op in _ops(document, sources, names, seed):
+        copied = _copied(op, sources)
+        if copied is None:
+            ((_, tensor),) = merger.materialize(MergePlan(sources.base_name, (op,)))
+        else:
+            tensor = copied.read(op.tensor)
+        stored = sources.base_tensor(op.tensor).dtype
+        dtype = getattr(torch, document.dtype) if document.dtype and stored.is_floating_point else stored
+        cast = tensor.to(dtype)
+        if dtype == torch.float16 and not cast.isfinite().all():
+            raise RecipeError(
+                f"{document.where}, tensor `{op.tensor}`: it has values that float16 cannot hold; "
+                "set `out_dtype` to bfloat16 or float32"
+            )
+        yield op.tensor, cast
+
+
+def _ops(document: Document, sources: SourceSet, names: Mapping[ModelRef, str], seed: int) -> list[TensorOp]:
+    """One operation per tensor, all checked before the first is carried out."""
+    layout = sources.layout()
+    last = layout.n_layers - 1
+    # mergekit files have no names for models: masks depend on their places in the document
+    root = Recipe(sources.base_name, sources.models, {}, seed)
+    ops = []
+    for tensor in layout.tensors:
+        cell = layout.cell(tensor)
+        t = 0.0 if cell.layer is None else cell.layer / last if last else 1.0
+        setting = document.setting(tensor, t, names)
+        if setting.method == "slerp" and next(iter(setting.models)) == sources.base_name:
+            models = {name: values for name, values in setting.models.items() if name != sources.base_name}
+            setting = type(setting)(setting.method, setting.parameters, models)
+        places = range(len(setting.models)) if document.spec.random else ()
+        seeds = tuple(root.seed_for(f"models[{place}]", tensor) for place in places)
+        ops.append(TensorOp(tensor, cell, setting, seeds))
+    return ops
+
+
+def _copied(op: TensorOp, sources: SourceSet) -> Checkpoint | None:
+    """The checkpoint that `op` copies: an average in which one model alone has a weight, and that is 1."""
+    weights = {name: values.get("weight", 0.0) for name, values in op.setting.models.items()}
+    named = [name for name, weight in weights.items() if weight]
+    if op.setting.method != "linear" or [weights[name] for name in named] != [1.0]:
+        return None
+    source = sources.base if named[0] == sources.base_name else sources.sources[named[0]]
+    return source if isinstance(source, Checkpoint) else None
+
+
+def _check_tokens(document: Document, sources: SourceSet) -> None:
+    """Asked for the base's tokenizer, mergekit cuts rows off the embedding that no token uses."""
+    name = embedding_of(sources.tensor_names)
+    if not document.base_tokens or name is None:
+        return
+    rows = sources.base.tensors[name].shape[0]
+    tokens = vocabulary(sources.base.folder)
+    if tokens is None or 1 + max(tokens.values()) != rows:
+        raise RecipeError(
+            f"{document.where}: the base's embedding has {rows} rows and its tokenizer another number of "
+            "tokens (or none that can be read), so mergekit would resize the embedding, which is not "
+            "supported yet; remove the tokenizer key"
+        )

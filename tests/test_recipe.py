@@ -1,0 +1,126 @@
+"""Recipes: one digest for one meaning, and a YAML form that keeps it."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from evomerge.errors import RecipeError
+from evomerge.recipe import BASE_COPY, Cell, MethodSpec, ParameterSpec, Recipe, Setting, rounded
+
+HALF = Setting("task_arithmetic", {"lambda": 1.0}, {"math": {"weight": 0.5}, "code": {"weight": 0.25}})
+OTHER = Setting("ties", {"lambda": 1.0}, {"math": {"weight": 1.0, "density": 0.2}})
+
+
+def recipe(cells: dict[Cell, Setting], **fields: object) -> Recipe:
+    return Recipe("base", ("math", "code"), cells, **fields)  # type: ignore[arg-type]
+
+
+def test_the_order_in_which_cells_are_listed_does_not_change_the_digest():
+    one = recipe({Cell(0, "mlp"): HALF, Cell(1, "mlp"): OTHER})
+    two = recipe({Cell(1, "mlp"): OTHER, Cell(0, "mlp"): HALF})
+    assert one.digest == two.digest
+
+
+def test_a_cell_that_keeps_the_base_is_the_same_as_no_cell():
+    assert recipe({Cell(0, "mlp"): BASE_COPY}).digest == recipe({}).digest
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        recipe({Cell(0, "mlp"): OTHER}),
+        recipe({Cell(1, "mlp"): HALF}),
+        recipe({Cell(0, "mlp"): HALF}, seed=1),
+        recipe({Cell(0, "mlp"): HALF}, modules={"head": ("lm_head",)}),
+    ],
+)
+def test_different_recipes_have_different_digests(other: Recipe):
+    assert recipe({Cell(0, "mlp"): HALF}).digest != other.digest
+
+
+def test_yaml_keeps_the_digest_and_the_order_of_models():
+    whole = recipe(
+        {
+            **{Cell(layer, module): HALF for layer in range(3) for module in ("mlp", "attention")},
+            Cell(3, "mlp"): OTHER,
+            Cell(None, "embedding"): HALF,
+        },
+        seed=7,
+    )
+    again = Recipe.from_json(yaml.safe_load(yaml.safe_dump(whole.as_json(), sort_keys=False)))
+    assert again == whole
+    assert again.digest == whole.digest
+    assert list(again.cells[Cell(0, "mlp")].models) == ["math", "code"]
+
+
+def test_equal_neighbours_are_written_as_one_group():
+    cells = {Cell(layer, module): HALF for layer in range(4) for module in ("mlp", "attention")}
+    groups = recipe(cells).as_json()["groups"]
+    assert [(g["layers"], g["modules"]) for g in groups] == [([0, 4], ["attention", "mlp"])]
+
+
+def test_seeds_of_masks_depend_on_seed_model_and_tensor_alone():
+    seeds = {
+        recipe({}, seed=seed).seed_for(model, tensor)
+        for seed in (0, 1)
+        for model in ("math", "code")
+        for tensor in ("a", "b")
+    }
+    assert len(seeds) == 8
+    assert recipe({}).seed_for("math", "a") == recipe({Cell(0, "mlp"): HALF}).seed_for("math", "a")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "`evomerge_recipe` is None"),
+        ({"evomerge_recipe": 99}, "`evomerge_recipe` is 99"),
+        ({"evomerge_recipe": 1, "base_model": "base"}, "not a recipe: KeyError 'groups'"),
+        ({"evomerge_recipe": 1, "base_model": "base", "models": [], "groups": [3]}, "not a recipe"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(data: dict[str, object], message: str):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_json(data, "best.yaml")
+
+
+def test_rounding_never_gives_minus_zero():
+    assert str(rounded(-1e-9)) == "0.0"
+
+
+SPEC = MethodSpec(
+    name="sum",
+    shared={"normalize": ParameterSpec(kind="bool", default=True)},
+    per_model={
+        "weight": ParameterSpec(),
+        "density": ParameterSpec(0, 1, 1.0, low_open=True, doc="the fraction kept"),
+    },
+    canonical=lambda setting: setting,
+    min_models=1,
+    max_models=2,
+)
+
+
+def test_defaults_are_filled_in():
+    done = SPEC.complete(Setting("sum", {}, {"math": {"weight": 1}}), "cell")
+    assert done.parameters == {"normalize": True}
+    assert done.models == {"math": {"weight": 1, "density": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (Setting("sum", {}, {"m": {"weight": 1, "density": 1.3}}), r"density is 1.3.*fraction kept.*\(0, 1\]"),
+        (Setting("sum", {}, {"m": {"weight": 1, "density": 0.0}}), r"density is 0.0.*\(0, 1\]"),
+        (Setting("sum", {}, {"m": {"weight": float("nan")}}), "weight is nan, but it must be a finite number"),
+        (Setting("sum", {}, {"m": {"weight": True}}), "weight is True, but it must be a finite number"),
+        (Setting("sum", {}, {"m": {}}), "sum needs `weight`"),
+        (Setting("sum", {}, {"m": {"weight": 1, "wieght": 1}}), "no parameter `wieght`; it has: density, weight"),
+        (Setting("sum", {"normalize": 1.0}, {"m": {"weight": 1}}), "normalize is 1.0.*true or false"),
+        (Setting("sum", {}, {}), "sum has 0 models, but it merges 1 to 2"),
+    ],
+)
+def test_a_setting_that_the_method_refuses_names_the_parameter(setting: Setting, message: str):
+    with pytest.raises(RecipeError, match=message):
+        SPEC.complete(setting, "layers[3].mlp")

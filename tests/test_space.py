@@ -1,0 +1,208 @@
+"""Search spaces: what they vary, what their parameters decode to, and the way from coarse to fine."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from evomerge.errors import ConfigError, RecipeError
+from evomerge.recipe import Cell, Recipe
+from evomerge.resources import resource_folder
+from evomerge.search.base import CategoricalParameter, FloatParameter, Params
+from evomerge.space import BoundSpace, SearchSpace
+from evomerge.yamlfile import load_yaml, validate
+from tests.family import family
+
+SHIPPED = sorted(path.stem for path in resource_folder("search_spaces").glob("*.yaml"))
+
+
+def space(**fields: object) -> SearchSpace:
+    data = {"methods": ["task_arithmetic"], "parameters": {"weight": {"low": -0.2, "high": 1.3}}, **fields}
+    return validate(SearchSpace, data, "space.yaml")
+
+
+def shipped(name: str) -> SearchSpace:
+    path = resource_folder("search_spaces") / f"{name}.yaml"
+    return validate(SearchSpace, load_yaml(path), str(path))
+
+
+def draw(bound: BoundSpace, seed: int) -> Params:
+    rng = random.Random(seed)
+    return {
+        p.name: rng.choice(p.choices) if isinstance(p, CategoricalParameter) else rng.uniform(p.low, p.high)
+        for p in bound.parameters
+    }
+
+
+def weight(recipe: Recipe, layer: int, module: str, model: str) -> float:
+    values = recipe.setting(Cell(layer, module)).models.get(model, {"weight": 0.0})
+    return values["weight"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_space_decodes_what_it_asks_for(name: str):
+    bound = shipped(name).bind(family(30))
+    for seed in range(20):
+        recipe = bound.decode(draw(bound, seed))
+        assert recipe.digest == bound.decode(draw(bound, seed)).digest
+
+
+def test_one_weight_per_model_is_three_parameters_for_three_models():
+    bound = shipped("global").bind(family())
+    assert [p.name for p in bound.parameters] == ["all.math.weight", "all.code.weight", "all.chat.weight"]
+
+
+def test_blocks_by_modules_have_a_weight_per_block_module_and_model():
+    bound = space(layers={"blocks": 4}, modules={"attention": ["attention"], "mlp": ["mlp"]}).bind(family())
+    assert bound.dimension == 4 * 2 * 3
+    assert bound.parameters[0].name == "layers0-2.attention.math.weight"
+
+
+def test_parameters_that_can_change_nothing_are_left_out():
+    """Experts that touch only two layers leave nothing to search in the others, or outside the layers."""
+    touched = {"math": {Cell(0, "mlp"), Cell(1, "mlp")}, "code": {Cell(0, "attention")}}
+    bound = space(layers={"blocks": 2}, modules="each").bind(family(4, changes=touched))
+    assert [p.name for p in bound.parameters] == [
+        "layers0-1.attention.code.weight",
+        "layers0-1.mlp.math.weight",
+    ]
+
+
+def test_explicit_ranges_may_have_any_length():
+    bound = space(layers={"ranges": [[0, 1], [1, 12]]}).bind(family())
+    params = {p.name: 0.5 if p.name.startswith("layers0-0") else 1.0 for p in bound.parameters}
+    recipe = bound.decode(params)
+    assert [weight(recipe, layer, "mlp", "math") for layer in (0, 1, 11)] == [0.5, 1.0, 1.0]
+
+
+def test_smooth_weights_are_linear_between_knots():
+    """With knots 0, 1 and 0 the middle layer has 1 and the others lie on straight lines (LiNeS, 2 pieces)."""
+    bound = space(layers={"smooth": 3}).bind(family(5, models=("math",)))
+    recipe = bound.decode({f"all.knot{i}.math.weight": v for i, v in enumerate((0.0, 1.0, 0.0))})
+    assert [weight(recipe, layer, "mlp", "math") for layer in range(5)] == [0.0, 0.5, 1.0, 0.5, 0.0]
+
+
+def test_several_methods_make_the_method_a_parameter():
+    bound = shipped("mixed").bind(family())
+    choices = [p for p in bound.parameters if isinstance(p, CategoricalParameter)]
+    assert [p.name for p in choices] == ["layers0-3.method", "layers4-7.method", "layers8-11.method"]
+    params = dict(draw(bound, 0)) | {p.name: "ties" for p in choices} | {"layers0-3.method": "dare_ties"}
+    recipe = bound.decode(params)
+    assert recipe.setting(Cell(0, "mlp")).method == "dare_ties"
+    assert recipe.setting(Cell(11, "mlp")).method == "ties"
+
+
+def test_a_density_that_the_method_has_not_got_does_not_change_the_recipe():
+    bound = shipped("mixed").bind(family())
+    params = dict(draw(bound, 1)) | {
+        p.name: "task_arithmetic" for p in bound.parameters if p.name.endswith("method")
+    }
+    other = params | {p.name: 0.9 for p in bound.parameters if p.name.endswith("density")}
+    assert bound.decode(params).digest == bound.decode(other).digest
+
+
+def test_scaled_ties_weights_are_the_same_recipe():
+    """Only ratios of TIES weights matter (methods.md A.6.2), so 0.2 : 0.4 : 0.4 equals 0.4 : 0.8 : 0.8."""
+    bound = space(methods=["ties"]).bind(family())
+    low = bound.decode({"all.math.weight": 0.2, "all.code.weight": 0.4, "all.chat.weight": 0.4})
+    high = bound.decode({"all.math.weight": 0.4, "all.code.weight": 0.8, "all.chat.weight": 0.8})
+    assert low.digest == high.digest
+
+
+def test_a_weight_of_zero_is_the_same_as_leaving_the_model_out():
+    bound = space().bind(family())
+    zero = bound.decode({"all.math.weight": 0.5, "all.code.weight": 0.0, "all.chat.weight": 0.0})
+    alone = space().bind(family(models=("math",))).decode({"all.math.weight": 0.5})
+    assert zero.cells == alone.cells
+
+
+def test_slerp_takes_the_two_heaviest_models_and_their_ratio():
+    bound = space(methods=["slerp"], parameters={"weight": {"low": 0.0, "high": 1.0}}).bind(family())
+    params = {"all.math.weight": 0.1, "all.code.weight": 0.9, "all.chat.weight": 0.3}
+    setting = bound.decode(params).setting(Cell(0, "mlp"))
+    assert list(setting.models) == ["code", "chat"]
+    assert setting.parameters["t"] == pytest.approx(0.25)
+
+
+def test_slerp_without_weights_is_infeasible():
+    bound = space(methods=["slerp"], parameters={"weight": {"low": 0.0, "high": 1.0}}).bind(family())
+    with pytest.raises(RecipeError, match="slerp needs two models"):
+        bound.decode({p.name: 0.0 for p in bound.parameters})
+
+
+@pytest.mark.parametrize(("coarse", "fine"), [("global", "modules"), ("modules", "blocks")])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_stage_begins_with_the_very_weights_that_the_stage_before_ended_with(
+    coarse: str, fine: str, seed: int
+):
+    before = shipped(coarse).bind(family(30))
+    after = shipped(fine).bind(family(30))
+    recipe = before.decode(draw(before, seed))
+    assert after.decode(after.encode(recipe)).digest == recipe.digest
+
+
+@pytest.mark.parametrize("name", ["global", "modules", "blocks", "smooth"])
+def test_encoding_is_the_inverse_of_decoding(name: str):
+    bound = shipped(name).bind(family(31))
+    params = draw(bound, 3)
+    encoded = bound.encode(bound.decode(params))
+    assert encoded == pytest.approx({key: round(float(value), 6) for key, value in params.items()}, abs=1e-6)
+
+
+def test_encoded_values_stay_inside_the_bounds():
+    wide = space(parameters={"weight": {"low": 0.0, "high": 2.0}}).bind(family())
+    narrow = space(parameters={"weight": {"low": 0.0, "high": 1.0}}).bind(family())
+    recipe = wide.decode({p.name: 2.0 for p in wide.parameters})
+    assert set(narrow.encode(recipe).values()) == {1.0}
+
+
+def test_seed_and_module_patterns_travel_with_the_recipe():
+    bound = space().bind(family(seed=9))
+    assert bound.decode(draw(bound, 0)).seed == 9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"methods": ["task_arithmetics"]}, "names `task_arithmetics`, which is no merge method"),
+        ({"layers": {"blocks": 13}}, "`layers.blocks` is 13, but the model has 12 layers"),
+        ({"layers": {"ranges": [[0, 4], [5, 12]]}}, r"has \[5, 12\) where a range must begin at layer 4"),
+        ({"layers": {"ranges": [[0, 4]]}}, "ends at layer 4, but the model has 12 layers"),
+        ({"modules": {"a": ["atention"]}}, "names `atention`, which is no module"),
+        ({"modules": {"a": ["mlp"], "b": ["mlp"]}}, "`mlp` is in the groups `a` and `b`"),
+        ({"parameters": {"density": {"low": 0.1, "high": 1.0}}}, "belongs to none of the methods"),
+        (
+            {"methods": ["ties"], "parameters": {"density": {"low": 0.1, "high": 1.3}}},
+            r"density is 1.3, but it is the fraction.*must be in \(0, 1\]; change `low`/`high` of `density`",
+        ),
+        ({"methods": ["ties"], "parameters": {"density": {"low": 0.1, "high": 1.0}}}, "weight` is missing"),
+    ],
+)
+def test_a_space_that_does_not_fit_is_refused(fields: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        space(**fields).bind(family(), "spaces/mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": ["ties"]}, "unknown key `method`; did you mean `methods`"),
+        ({"parameters": {"weight": {"low": 1.0, "high": 1.0}}}, "low must be below high"),
+        ({"layers": {"blocks": 0}}, "layers.blocks"),
+        ({"layers": {"smooth": 1}}, "layers.smooth"),
+    ],
+)
+def test_a_space_file_with_a_mistake_names_the_key(fields: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        space(**fields)
+
+
+def test_models_that_change_nothing_leave_nothing_to_search():
+    with pytest.raises(ConfigError, match="nothing to search"):
+        space().bind(family(changes={"math": set()}))
+
+
+def test_bounds_of_parameters_are_those_of_the_file():
+    bound = space().bind(family())
+    assert bound.parameters[0] == FloatParameter("all.math.weight", -0.2, 1.3)
