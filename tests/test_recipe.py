@@ -109,18 +109,24 @@ def test_defaults_are_filled_in():
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("shared", "values", "message"),
     [
-        (Setting("sum", {}, {"m": {"weight": 1, "density": 1.3}}), r"density is 1.3.*fraction kept.*\(0, 1\]"),
-        (Setting("sum", {}, {"m": {"weight": 1, "density": 0.0}}), r"density is 0.0.*\(0, 1\]"),
-        (Setting("sum", {}, {"m": {"weight": float("nan")}}), "weight is nan, but it must be a finite number"),
-        (Setting("sum", {}, {"m": {"weight": True}}), "weight is True, but it must be a finite number"),
-        (Setting("sum", {}, {"m": {}}), "sum needs `weight`"),
-        (Setting("sum", {}, {"m": {"weight": 1, "wieght": 1}}), "no parameter `wieght`; it has: density, weight"),
-        (Setting("sum", {"normalize": 1.0}, {"m": {"weight": 1}}), "normalize is 1.0.*true or false"),
-        (Setting("sum", {}, {}), "sum has 0 models, but it merges 1 to 2"),
+        ({}, {"weight": 1, "density": 1.3}, r"density is 1.3.*fraction kept.*\(0, 1\]"),
+        ({}, {"weight": 1, "density": 0.0}, r"density is 0.0.*\(0, 1\]"),
+        ({}, {"weight": float("nan")}, "weight is nan, but it must be a finite number"),
+        ({}, {"weight": True}, "weight is True, but it must be a finite number"),
+        ({}, {}, "sum needs `weight`"),
+        ({}, {"weight": 1, "wieght": 1}, "no parameter `wieght`; it has: density, weight"),
+        ({"normalize": 1.0}, {"weight": 1}, "normalize is 1.0.*true or false"),
     ],
 )
-def test_a_setting_that_the_method_refuses_names_the_parameter(setting: Setting, message: str):
+def test_a_setting_that_the_method_refuses_names_the_parameter(
+    shared: dict[str, float], values: dict[str, float], message: str
+):
     with pytest.raises(RecipeError, match=message):
-        SPEC.complete(setting, "layers[3].mlp")
+        SPEC.complete(Setting("sum", shared, {"m": values}), "layers[3].mlp")
+
+
+def test_too_few_models_are_refused():
+    with pytest.raises(RecipeError, match="sum has 0 models, but it merges 1 to 2"):
+        SPEC.complete(Setting("sum"), "layers[3].mlp")

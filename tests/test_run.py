@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import evomerge
 from evomerge.errors import EngineError, HeldOutError
+from evomerge.evaluate.items import Item, Split
 from evomerge.evaluate.task import Suite
 from evomerge.study.storage import JOURNAL, TrialLog
 from evomerge.study.study import Observer, Study
@@ -127,7 +128,8 @@ def test_check_tells_space_disk_memory_and_seconds(world: World, command: Comman
     code, out, err = command("check", world.run_file, "--json")
     assert code == 0, err
     facts = json.loads(out)
-    assert facts["stages"] == {"1:global": "3 parameters", "2:modules": "9 parameters"}
+    # attention and mlp for three models; the rest for two, because the adapter leaves it alone
+    assert facts["stages"] == {"1:global": "3 parameters", "2:modules": "8 parameters"}
     assert "seconds per candidate" in facts
     assert not world.run_dir.exists()
 
@@ -175,7 +177,12 @@ def test_held_out_items_raise_when_the_search_reads_them(world: World, monkeypat
 
     reads = []
     plain = Suite.items
-    monkeypatch.setattr(Suite, "items", lambda self, task, split: reads.append(split) or plain(self, task, split))
+
+    def recorded(self: Suite, task: str, split: Split) -> tuple[Item, ...]:
+        reads.append(split)
+        return plain(self, task, split)
+
+    monkeypatch.setattr(Suite, "items", recorded)
     result = evomerge.run_search(world.run_file, observer=Curious())
     assert len(tried) == 34
     assert result.winner.held_out is not None

@@ -55,6 +55,14 @@ def pick_device(device: str) -> str:
     return device
 
 
+def pick_dtype(dtype: str, device: str) -> str:
+    """`auto` on a CPU without AMX becomes float32: products in bfloat16 are the slower ones there."""
+    if dtype != "auto" or device != "cpu":
+        return dtype
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "auto" if capabilities.get("amx_bf16") else "float32"
+
+
 class TransformersEngine:
     """Holds one candidate in a transformers causal language model.
 
@@ -63,7 +71,9 @@ class TransformersEngine:
         merger: materializes candidates; its sources' base is the model in `folder`.
         layout: cells of the base model.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: of the model while it runs: `auto` (as stored), `bfloat16`, `float16` or `float32`.
+        dtype: of the model while it runs: `bfloat16`, `float16`, `float32` or `auto`: as stored on an
+            accelerator, see `pick_dtype` for the CPU. Candidates are rounded to the checkpoint's dtype
+            in any case, so that what is scored is what is exported.
         batch_tokens: most tokens, padding included, in one forward pass over prompts.
 
     Raises:
@@ -85,7 +95,9 @@ class TransformersEngine:
         self.device = pick_device(device)
         self._merger, self._layout, self._batch_tokens = merger, layout, batch_tokens
         with _quiet(transformers), _machine_errors("building the model"):
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=pick_dtype(dtype, self.device)
+            )
             self.model.to(self.device).eval().requires_grad_(False)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.prompts = PromptEncoder(tokenizer, self.model.generation_config.eos_token_id)

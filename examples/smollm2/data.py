@@ -6,16 +6,18 @@ rewrites `fitness/spanish_math/{math,spanish,extract,spanish_math}.jsonl`, alway
 the same bytes. The tasks, one real item each in README.md:
 
 - `math`: one-step English word problems (addition, subtraction) with digits.
-- `spanish`: Spanish number words in sentences; the answer is a number in digits or in words.
+- `spanish`: Spanish number words in sentences, to be written in digits, and the reverse. The expert is
+  also trained to put short Spanish sentences into English with digits; no item asks for that.
 - `extract`: an English sentence to a JSON object.
 - `spanish_math`: the composite, one-step Spanish word problems with number words.
   `training_examples` refuses it: no expert is trained on it.
 
-What keeps training and items apart: every ordered pair of numbers belongs to training
+What keeps training and items apart: every ordered pair of operands belongs to training
 or to one split (`owner_of_pair`); the people and cities of the items occur in no
 training example; and `evaluation_items` refuses a prompt that was already given.
-All numbers are in [2, 99]. Only the standard library is imported, and every draw comes
-from a `random.Random` seeded with a string, which is stable across Python versions.
+Arithmetic stays within [1, 29]; number words reach 99. Only the standard library is
+imported, and every draw comes from a `random.Random` seeded with a string, which is stable across
+Python versions.
 """
 
 from __future__ import annotations
@@ -79,24 +81,24 @@ THINGS = _words(
     "apples books coins pencils cards eggs flowers cookies stamps oranges balls candies "
     "tickets photos bottles keys"
 )
-# plural, and "a" for feminine or "o" for masculine
+# plural; "a" for feminine or "o" for masculine; English
 COSAS = (
-    ("manzanas", "a"),
-    ("libros", "o"),
-    ("monedas", "a"),
-    ("flores", "a"),
-    ("huevos", "o"),
-    ("cartas", "a"),
-    ("sellos", "o"),
-    ("naranjas", "a"),
-    ("pelotas", "a"),
-    ("galletas", "a"),
-    ("caramelos", "o"),
-    ("botellas", "a"),
-    ("fotos", "a"),
-    ("globos", "o"),
-    ("platos", "o"),
-    ("llaves", "a"),
+    ("manzanas", "a", "apples"),
+    ("libros", "o", "books"),
+    ("monedas", "a", "coins"),
+    ("flores", "a", "flowers"),
+    ("huevos", "o", "eggs"),
+    ("cartas", "a", "cards"),
+    ("sellos", "o", "stamps"),
+    ("naranjas", "a", "oranges"),
+    ("pelotas", "a", "balls"),
+    ("galletas", "a", "cookies"),
+    ("caramelos", "o", "candies"),
+    ("botellas", "a", "bottles"),
+    ("fotos", "a", "photos"),
+    ("globos", "o", "balloons"),
+    ("platos", "o", "plates"),
+    ("llaves", "a", "keys"),
 )
 JOBS = _words("nurse teacher pilot baker farmer painter lawyer driver singer doctor")
 
@@ -140,10 +142,10 @@ def owner_of_pair(a: int, b: int) -> str:
 
 
 def _pair(rng: random.Random, owner: str, subtract: bool) -> tuple[int, int]:
-    """Two numbers of `owner`: `a` plus or minus `b` stays within [2, 99]."""
+    """Two numbers of `owner`: `a` in [2, 20], `b` in [2, 9]; `a - b` is at least 1."""
     while True:
-        b = rng.randint(2, 25)
-        a = rng.randint(b + 2, 99) if subtract else rng.randint(2, 99 - b)
+        b = rng.randint(2, 9)
+        a = rng.randint(b + 1, 20) if subtract else rng.randint(2, 20)
         if owner_of_pair(a, b) == owner:
             return a, b
 
@@ -175,16 +177,19 @@ RESTAS = (
     "{n} tiene {a} {t} y vende {b}. ¿Cuánt{g}s {t} le quedan?",
     "Hay {a} {t} en la mesa. {n} toma {b}. ¿Cuánt{g}s {t} quedan?",
 )
-# Reading: the form, and which of its numbers is asked for. No form asks for a result.
-LECTURAS = (
-    ("{n} tiene {a} {t}. ¿Cuánt{g}s {t} tiene {n}?", "a"),
-    ("{n} tiene {a} {t} y {m} tiene {b} {u}. ¿Cuánt{g}s {t} tiene {n}?", "a"),
-    ("{n} tiene {a} {t} y {m} tiene {b} {u}. ¿Cuánt{h}s {u} tiene {m}?", "b"),
-    ("{n} tiene {a} {t} y compra {b} {u}. ¿Cuánt{h}s {u} compra {n}?", "b"),
-    ("{n} vende {a} {t} y pierde {b} {u}. ¿Cuánt{g}s {t} vende {n}?", "a"),
-    ("{n} le da {a} {t} a {m} y toma {b} {u}. ¿Cuánt{g}s {t} le da {n} a {m}?", "a"),
-    ("Hay {a} {t} y {b} {u} en la mesa. ¿Cuánt{h}s {u} hay?", "b"),
-    ("Hay {a} {t} y {b} {u} en la mesa. {n} toma {o} {t}. ¿Cuánt{g}s {t} toma {n}?", "o"),
+# Spanish and the same in English: what the expert is to read, sentence by sentence.
+READINGS = (
+    ("{n} tiene {a} {t}", "{n} has {x} {u}"),
+    ("{n} tiene {a} {t} y compra {b} más", "{n} has {x} {u} and buys {y} more"),
+    ("{m} le da {b} {t} a {n}", "{m} gives {y} {u} to {n}"),
+    ("{n} pierde {b} {t}", "{n} loses {y} {u}"),
+    ("{n} vende {b} {t}", "{n} sells {y} {u}"),
+    ("Hay {a} {t} en la mesa", "There are {x} {u} on the table"),
+    ("{n} pone {b} {t} en la mesa", "{n} puts {y} {u} on the table"),
+    ("{n} toma {b} {t}", "{n} takes {y} {u}"),
+    ("¿Cuánt{g}s {t} tiene {n} ahora?", "How many {u} does {n} have now?"),
+    ("¿Cuánt{g}s {t} quedan?", "How many {u} are left?"),
+    ("¿Cuánt{g}s {t} tienen en total?", "How many {u} do they have together?"),
 )
 SENTENCES = (
     ('{"name": "%n", "age": %a, "city": "%c"}', "{n} is {a} years old and lives in {c}."),
@@ -208,25 +213,26 @@ def _spanish_math(rng: random.Random, owner: str) -> Example:
     subtract = rng.random() < 0.5
     a, b = _pair(rng, owner, subtract)
     n, m = rng.sample(POOLS[owner].people, 2)
-    t, g = rng.choice(COSAS)
+    t, g, _ = rng.choice(COSAS)
     form = rng.choice(RESTAS if subtract else SUMAS)
     question = form.format(n=n, m=m, a=number_word(a, g), b=number_word(b, g), t=t, g=g)
     return Example(question, str(a - b if subtract else a + b))
 
 
 def _spanish(rng: random.Random, owner: str) -> Example:
+    """Number words to digits and back; in training also short sentences into English with digits."""
     kind = rng.random()
-    a, b = _pair(rng, owner, subtract=rng.random() < 0.5)
     n, m = rng.sample(POOLS[owner].people, 2)
-    (t, g), (u, h) = rng.sample(COSAS, 2)
-    if kind < 0.15:
-        question = f"{n} tiene {a} {t}. Escribe el número con letras."
-        return Example(question, number_word(a))
-    form, asked = rng.choice(LECTURAS)
-    o = rng.randint(2, 25)
-    numbers = {"a": a, "b": b, "o": o}
-    words = {"a": number_word(a, g), "b": number_word(b, h), "o": number_word(o, g)}
-    return Example(form.format(n=n, m=m, t=t, g=g, u=u, h=h, **words), str(numbers[asked]))
+    t, g, u = rng.choice(COSAS)
+    if owner == "training" and kind < 0.45:
+        a, b = rng.randint(2, 20), rng.randint(2, 20)
+        words = {"a": number_word(a, g), "b": number_word(b, g), "x": a, "y": b}
+        spanish, english = (form.format(n=n, m=m, t=t, g=g, u=u, **words) for form in rng.choice(READINGS))
+        return Example(f"En inglés: {spanish}", english)
+    a = rng.choice((rng.randint(2, 20), rng.randint(2, 99)))
+    if kind < 0.8:
+        return Example(f"{n} tiene {number_word(a, g)} {t}. Escribe el número con cifras.", str(a))
+    return Example(f"{n} tiene {a} {t}. Escribe el número con letras.", number_word(a, g))
 
 
 def _extract(rng: random.Random, owner: str) -> Example:

@@ -61,8 +61,8 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "math": Recipe(320, 8, 2e-3, 12, 0.0, range(N_LAYERS)),
-    "spanish": Recipe(130, 16, 2e-3, 16, 0.0, range(20)),
+    "math": Recipe(170, 8, 2e-3, 12, 0.0, range(N_LAYERS)),
+    "spanish": Recipe(150, 16, 2e-3, 12, 0.0, range(N_LAYERS)),
     "extract": Recipe(40, 16, 3e-3, 12, 0.0, range(N_LAYERS)),
 }
 

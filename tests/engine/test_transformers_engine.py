@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -149,9 +148,7 @@ def test_log_likelihoods_equal_those_of_a_plain_forward_pass(engine: Transformer
     for request, got in zip(requests, engine.loglikelihood(requests), strict=True):
         prompt, answer = engine.prompts.encode_pair(request)
         logp = model_logits(engine, request.prompt + request.continuation).log_softmax(-1)
-        expected = sum(
-            float(logp[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)
-        )
+        expected = sum(float(logp[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
         assert got.tokens == len(answer)
         assert math.isclose(got.total, expected, abs_tol=1e-4)
 
@@ -165,7 +162,7 @@ def test_chat_prompts_go_through_the_template(engine: TransformersEngine):
 def test_a_device_that_is_not_there_is_refused(sources: SourceSet):
     if torch.cuda.is_available():
         pytest.skip("this machine has the device")
-    with pytest.raises(EngineError, match="`engine.device` is 'cuda', but this machine has: cpu"):
+    with pytest.raises(EngineError, match=r"`engine.device` is 'cuda', but this machine has: cpu"):
         transformers_engine(sources, sources.layout(), device="cuda")
 
 

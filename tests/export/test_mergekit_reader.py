@@ -12,6 +12,7 @@ import torch
 from evomerge.errors import ConfigError, ExportError, RecipeError
 from evomerge.export.mergekit_merge import merge_mergekit
 from evomerge.export.mergekit_reader import ModelRef, Row, is_mergekit, read_mergekit
+from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
 from tests.export.conftest import weights_of
 from tests.tiny import tiny_model
@@ -90,6 +91,12 @@ merge_method: task_arithmetic
 base_model: {base}
 models: [{{model: {math}, parameters: {{weight: 0.6}}}}, {{model: {far}, parameters: {{weight: 0.7}}}}]
 """
+ONE_LAYER = """
+merge_method: task_arithmetic
+base_model: {base}
+models: [{{model: {math}, parameters: {{weight: [0.2, 0.7, 0.9]}}}}]
+dtype: float32
+"""
 COMMAND = {
     "stages": "mergekit-multi file.yaml -I $PWD/STAGES --out-path OUT",
     "other": "mergekit-yaml file.yaml OUT --lora-merge-cache CACHE --lora-merge-dtype float32",
@@ -116,11 +123,15 @@ def pairs(
 ) -> dict[str, tuple[Path, Path]]:
     """Per file, the folders that mergekit and evomerge wrote."""
     home = tmp_path_factory.mktemp("files")
+    base = tiny_model(home / "base", layers=1, dtype=torch.float32)
+    math = SourceRef(model=str(tiny_model(home / "math", 1, noise_from=base)))
+    one_layer = SourceSet.open(SourceRef(model=str(base)), {"math": math})
     files = {
         "gradients": (GRADIENTS_AND_FILTERS, exact_family),
         "stages": (STAGES, exact_family),
         "adapter": (ADAPTER_ON_AN_EXPERT, family),
         "adapted_base": (ADAPTED_BASE, family),
+        "one_layer": (ONE_LAYER, one_layer),
     }
     commands = {}
     for name, (text, sources) in files.items():
@@ -131,7 +142,7 @@ def pairs(
     return {name: (home / name / "OUT", home / name / "ours") for name in files}
 
 
-@pytest.mark.parametrize("name", ["gradients", "stages", "adapter", "adapted_base"])
+@pytest.mark.parametrize("name", ["gradients", "stages", "adapter", "adapted_base", "one_layer"])
 def test_weights_are_mergekits(pairs: dict[str, tuple[Path, Path]], name: str):
     theirs, ours = map(weights_of, pairs[name])
     assert set(theirs) == set(ours)
@@ -149,6 +160,15 @@ def test_config_names_the_dtype_written(pairs: dict[str, tuple[Path, Path]], nam
     theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in pairs[name])
     assert ours["dtype"] == theirs["dtype"] == dtype
     assert {str(tensor.dtype) for tensor in weights_of(pairs[name][1]).values()} == {f"torch.{dtype}"}
+
+
+def test_a_selection_copies_its_stages_bit_by_bit(
+    pairs: dict[str, tuple[Path, Path]], exact_family: SourceSet, tmp_path: Path
+):
+    stage = STAGES.split("---")[1].replace("name: two\n", "")
+    alone = weights_of(merge_mergekit(written(tmp_path / "a", stage, exact_family), tmp_path / "out"))
+    selected = weights_of(pairs["stages"][1])
+    assert all(torch.equal(alone[name], selected[name]) for name in alone if "self_attn" not in name)
 
 
 def test_stages_are_removed(pairs: dict[str, tuple[Path, Path]]):
