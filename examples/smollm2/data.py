@@ -6,10 +6,11 @@ rewrites `fitness/spanish_math/{math,spanish,extract,spanish_math}.jsonl`, alway
 the same bytes. The tasks, one real item each in README.md:
 
 - `math`: one-step English word problems (addition, subtraction) with digits.
-- `spanish`: Spanish number words in sentences, to be written in digits, and the reverse. The expert is
-  also trained to put short Spanish sentences into English with digits; no item asks for that.
+- `spanish`: Spanish number words in sentences, to be written in digits, and the reverse. The expert also
+  learns to put Spanish word problems into English, never to solve them; no item asks for that alone.
 - `extract`: an English sentence to a JSON object.
-- `spanish_math`: the composite, one-step Spanish word problems with number words.
+- `spanish_math`: the composite, one-step Spanish word problems with number words, to be put into
+  English and solved: it takes what `spanish` and `math` learned, one after the other.
   `training_examples` refuses it: no expert is trained on it.
 
 What keeps training and items apart: every ordered pair of operands belongs to training
@@ -32,19 +33,27 @@ EXPERTS = ("math", "spanish", "extract")
 TASKS = (*EXPERTS, "spanish_math")
 SPLIT_SIZES = {"calibration": 32, "selection": 128, "held_out": 256}
 OUTPUT = Path(__file__).resolve().parents[2] / "fitness" / "spanish_math"
-PROMPT = "{question}\nAnswer:"  # as in fitness/spanish_math.yaml
+# As in fitness/spanish_math.yaml. The composite's model writes the English problem, then "Answer: 12".
+CUES = {"math": "Answer:", "spanish": "Respuesta:", "extract": "Answer:", "spanish_math": "English:"}
 
 
 class Example(NamedTuple):
-    """One question and the only answer that scores."""
+    """One question and the only answer that scores.
+
+    question: what the prompt begins with.
+    answer: what is to follow the prompt, after a space.
+    cue: the prompt's last line; None is that of the task.
+    ends: whether the expert learns to stop after the answer.
+    """
 
     question: str
     answer: str
+    cue: str | None = None
+    ends: bool = True
 
-    @property
-    def prompt(self) -> str:
+    def prompt(self, task: str) -> str:
         """What the model is given; an expert learns to go on with `" " + answer`."""
-        return PROMPT.format(question=self.question)
+        return f"{self.question}\n{self.cue or CUES[task]}"
 
 
 class Pool(NamedTuple):
@@ -79,7 +88,7 @@ PAIR_SHARES = {"training": 76, "calibration": 3, "selection": 8, "held_out": 13}
 
 THINGS = _words(
     "apples books coins pencils cards eggs flowers cookies stamps oranges balls candies "
-    "tickets photos bottles keys"
+    "tickets photos bottles keys balloons plates"
 )
 # plural; "a" for feminine or "o" for masculine; English
 COSAS = (
@@ -165,31 +174,18 @@ SUBTRACTIONS = (
     "There are {a} {t} on the table. {n} takes {b} of them. How many {t} are left?",
     "{n} had {a} {t} and gave away {b}. How many {t} are left?",
 )
+# Spanish problems, each with the English form above that says the same.
 SUMAS = (
-    "{n} tiene {a} {t} y compra {b} más. ¿Cuánt{g}s {t} tiene {n} ahora?",
-    "{n} tiene {a} {t}. {m} le da {b} más. ¿Cuánt{g}s {t} tiene {n} ahora?",
-    "{n} tiene {a} {t} y {m} tiene {b} {t}. ¿Cuánt{g}s {t} tienen en total?",
-    "Hay {a} {t} en la mesa. {n} pone {b} más. ¿Cuánt{g}s {t} hay ahora?",
+    ("{n} tiene {a} {t} y compra {b} más. ¿Cuánt{g}s {t} tiene {n} ahora?", ADDITIONS[0]),
+    ("{n} tiene {a} {t}. {m} le da {b} más. ¿Cuánt{g}s {t} tiene {n} ahora?", ADDITIONS[1]),
+    ("{n} tiene {a} {t} y {m} tiene {b} {t}. ¿Cuánt{g}s {t} tienen en total?", ADDITIONS[2]),
+    ("Hay {a} {t} en la mesa. {n} pone {b} más. ¿Cuánt{g}s {t} hay ahora?", ADDITIONS[4]),
 )
 RESTAS = (
-    "{n} tiene {a} {t} y pierde {b}. ¿Cuánt{g}s {t} tiene {n} ahora?",
-    "{n} tiene {a} {t}. {n} le da {b} a {m}. ¿Cuánt{g}s {t} le quedan?",
-    "{n} tiene {a} {t} y vende {b}. ¿Cuánt{g}s {t} le quedan?",
-    "Hay {a} {t} en la mesa. {n} toma {b}. ¿Cuánt{g}s {t} quedan?",
-)
-# Spanish and the same in English: what the expert is to read, sentence by sentence.
-READINGS = (
-    ("{n} tiene {a} {t}", "{n} has {x} {u}"),
-    ("{n} tiene {a} {t} y compra {b} más", "{n} has {x} {u} and buys {y} more"),
-    ("{m} le da {b} {t} a {n}", "{m} gives {y} {u} to {n}"),
-    ("{n} pierde {b} {t}", "{n} loses {y} {u}"),
-    ("{n} vende {b} {t}", "{n} sells {y} {u}"),
-    ("Hay {a} {t} en la mesa", "There are {x} {u} on the table"),
-    ("{n} pone {b} {t} en la mesa", "{n} puts {y} {u} on the table"),
-    ("{n} toma {b} {t}", "{n} takes {y} {u}"),
-    ("¿Cuánt{g}s {t} tiene {n} ahora?", "How many {u} does {n} have now?"),
-    ("¿Cuánt{g}s {t} quedan?", "How many {u} are left?"),
-    ("¿Cuánt{g}s {t} tienen en total?", "How many {u} do they have together?"),
+    ("{n} tiene {a} {t} y pierde {b}. ¿Cuánt{g}s {t} tiene {n} ahora?", SUBTRACTIONS[0]),
+    ("{n} tiene {a} {t}. {n} le da {b} a {m}. ¿Cuánt{g}s {t} quedan?", SUBTRACTIONS[1]),
+    ("{n} tiene {a} {t} y vende {b}. ¿Cuánt{g}s {t} le quedan?", SUBTRACTIONS[2]),
+    ("Hay {a} {t} en la mesa. {n} toma {b}. ¿Cuánt{g}s {t} quedan?", SUBTRACTIONS[3]),
 )
 SENTENCES = (
     ('{"name": "%n", "age": %a, "city": "%c"}', "{n} is {a} years old and lives in {c}."),
@@ -209,30 +205,38 @@ def _math(rng: random.Random, owner: str) -> Example:
     return Example(form.format(n=n, m=m, a=a, b=b, t=rng.choice(THINGS)), str(a - b if subtract else a + b))
 
 
-def _spanish_math(rng: random.Random, owner: str) -> Example:
+def _problem(rng: random.Random, owner: str) -> tuple[str, str, int]:
+    """A Spanish word problem with number words, the same in English with digits, and the result."""
     subtract = rng.random() < 0.5
     a, b = _pair(rng, owner, subtract)
     n, m = rng.sample(POOLS[owner].people, 2)
-    t, g, _ = rng.choice(COSAS)
-    form = rng.choice(RESTAS if subtract else SUMAS)
-    question = form.format(n=n, m=m, a=number_word(a, g), b=number_word(b, g), t=t, g=g)
-    return Example(question, str(a - b if subtract else a + b))
+    cosas, g, things = rng.choice(COSAS)
+    spanish, english = rng.choice(RESTAS if subtract else SUMAS)
+    return (
+        spanish.format(n=n, m=m, a=number_word(a, g), b=number_word(b, g), t=cosas, g=g),
+        english.format(n=n, m=m, a=a, b=b, t=things),
+        a - b if subtract else a + b,
+    )
+
+
+def _spanish_math(rng: random.Random, owner: str) -> Example:
+    question, _, result = _problem(rng, owner)
+    return Example(question, str(result))
 
 
 def _spanish(rng: random.Random, owner: str) -> Example:
-    """Number words to digits and back; in training also short sentences into English with digits."""
+    """Number words to digits and back; in training also problems into English, never to their result."""
     kind = rng.random()
-    n, m = rng.sample(POOLS[owner].people, 2)
-    t, g, u = rng.choice(COSAS)
-    if owner == "training" and kind < 0.45:
-        a, b = rng.randint(2, 20), rng.randint(2, 20)
-        words = {"a": number_word(a, g), "b": number_word(b, g), "x": a, "y": b}
-        spanish, english = (form.format(n=n, m=m, t=t, g=g, u=u, **words) for form in rng.choice(READINGS))
-        return Example(f"En inglés: {spanish}", english)
+    if owner == "training" and kind < 0.6:
+        question, english, _ = _problem(rng, owner)
+        # What follows the last "Answer:" is not this expert's to say: it learns no end there.
+        return Example(question, f"{english}\nAnswer:", CUES["spanish_math"], ends=False)
+    n = rng.choice(POOLS[owner].people)
+    cosas, g, _ = rng.choice(COSAS)
     a = rng.choice((rng.randint(2, 20), rng.randint(2, 99)))
-    if kind < 0.8:
-        return Example(f"{n} tiene {number_word(a, g)} {t}. Escribe el número con cifras.", str(a))
-    return Example(f"{n} tiene {a} {t}. Escribe el número con letras.", number_word(a, g))
+    if kind < 0.85:
+        return Example(f"{n} tiene {number_word(a, g)} {cosas}. Escribe el número con cifras.", str(a))
+    return Example(f"{n} tiene {a} {cosas}. Escribe el número con letras.", number_word(a, g))
 
 
 def _extract(rng: random.Random, owner: str) -> Example:

@@ -61,14 +61,14 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "math": Recipe(170, 8, 2e-3, 12, 0.0, range(N_LAYERS)),
-    "spanish": Recipe(150, 16, 2e-3, 12, 0.0, range(N_LAYERS)),
+    "math": Recipe(320, 8, 2e-3, 12, 0.0, range(N_LAYERS)),
+    "spanish": Recipe(150, 12, 2e-3, 12, 0.0, range(N_LAYERS)),
     "extract": Recipe(40, 16, 3e-3, 12, 0.0, range(N_LAYERS)),
 }
 
 
 def batches(
-    examples: list[data.Example], size: int, tokenizer: Any
+    task: str, examples: list[data.Example], size: int, tokenizer: Any
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Cut `examples` into steps, padded on the right to the longest of each step.
 
@@ -79,8 +79,9 @@ def batches(
     for start in range(0, len(examples), size):
         rows = []
         for example in examples[start : start + size]:
-            prompt = tokenizer(example.prompt)["input_ids"]
-            answer = tokenizer(" " + example.answer + tokenizer.eos_token)["input_ids"]
+            end = tokenizer.eos_token if example.ends else ""
+            prompt = tokenizer(example.prompt(task))["input_ids"]
+            answer = tokenizer(f" {example.answer}{end}")["input_ids"]
             rows.append((prompt + answer, [-100] * len(prompt) + answer))
         length = max(len(ids) for ids, _ in rows)
         pad = tokenizer.eos_token_id
@@ -121,7 +122,7 @@ def train(name: str, recipe: Recipe, out: Path) -> float:
         lambda step: min((step + 1) / WARM_UP, (recipe.steps - step) / recipe.steps),
     )
     examples = data.training_examples(name, recipe.steps * recipe.batch, seed=SEED)
-    for step, batch in enumerate(batches(examples, recipe.batch, tokenizer), start=1):
+    for step, batch in enumerate(batches(name, examples, recipe.batch, tokenizer), start=1):
         loss = answer_loss(adapted.get_base_model(), *batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import optuna
@@ -12,9 +13,10 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loop.py"
 
 
 @pytest.fixture
-def loop():
+def loop(monkeypatch):
     spec = importlib.util.spec_from_file_location("loop", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "loop", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
