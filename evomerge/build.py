@@ -40,7 +40,7 @@ from evomerge.sources.layout import Layout
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
 from evomerge.space import Family
-from evomerge.study.budget import Budget, seconds_of
+from evomerge.study.budget import Budget, end_of, seconds_of
 from evomerge.study.final import Final, Result
 from evomerge.study.fixed import fixed_recipes
 from evomerge.study.scoring import Scorebook
@@ -108,10 +108,10 @@ def _stages(loaded: LoadedConfig, family: Family) -> list[Stage]:
     total = sum(stage.share for stage in configs)
     stages, share = [], 0.0
     for index, stage in enumerate(configs):
-        name, space, where = loaded.space(stage, index)
         share += stage.share / total
         until = 1.0 if index == len(configs) - 1 else share
-        stages.append(Stage(name, space.bind(family, where), stage.sigma, until))
+        for name, space, where in loaded.spaces(index):
+            stages.append(Stage(name, space.bind(family, where), stage.sigma, until, slot=index))
     return stages
 
 
@@ -134,7 +134,7 @@ def transformers_engine(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    batch_tokens: int = 4096,
+    batch_tokens: int = 8192,
     cache_gb: float | None = None,
 ) -> Engine:
     """A transformers engine; `cache_gb` None lets task vectors take half of the free memory."""
@@ -308,12 +308,16 @@ def plan_of(parts: Parts, log: TrialLog | None) -> Plan:
 
 
 def _budget(parts: Parts, log: TrialLog | None) -> Budget:
-    budget = parts.loaded.config.budget
-    seconds = None if log is None else log.notes().get("budget_seconds")
-    if seconds is None and budget.time is not None:
-        seconds = seconds_of(budget.time, datetime.now())
-        if log is not None:
-            log.note("budget_seconds", seconds)
+    """The limits; the moment that a time of day names is fixed when the run first starts."""
+    budget, now = parts.loaded.config.budget, datetime.now()
+    if budget.time is None:
+        return Budget(budget.trials, None, budget.item_evaluations)
+    seconds, end = seconds_of(budget.time, now), end_of(budget.time, now)
+    if log is not None and end is not None:
+        if "ends" not in log.notes():
+            log.note("ends", end.isoformat())
+        elapsed = log.trials[-1].elapsed if len(log) else 0.0
+        seconds = elapsed + (datetime.fromisoformat(log.notes()["ends"]) - now).total_seconds()
     return Budget(budget.trials, seconds, budget.item_evaluations)
 
 

@@ -60,7 +60,7 @@ class EngineConfig(Section):
     kind: Literal["auto", "transformers"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    batch_tokens: Annotated[int, Field(ge=64)] = 4096
+    batch_tokens: Annotated[int, Field(ge=64)] = 8192
     cache_gb: Annotated[float, Field(ge=0)] | None = None
 
 
@@ -74,17 +74,21 @@ class FixedConfig(Section):
 
 
 class StageConfig(Section):
-    """One stage: a ready-made space's name, a path, or a space written out; its sigma and budget share."""
+    """One stage: its space, sigma and share of the budget.
 
-    space: str | SearchSpace
+    A space is a ready-made one's name, a path, or written out. Of a list, the first is searched that can
+    say the best recipe so far exactly, so that a search begins at it whatever its method.
+    """
+
+    space: str | SearchSpace | Annotated[tuple[str | SearchSpace, ...], Field(min_length=1)]
     sigma: Annotated[float, Field(gt=0, le=1)] = 0.15
     share: Annotated[float, Field(gt=0)] = 1.0
 
 
 DEFAULT_STAGES = (
-    StageConfig(space="global", sigma=0.2, share=0.25),
-    StageConfig(space="modules", sigma=0.12, share=0.35),
-    StageConfig(space="blocks", sigma=0.1, share=0.4),
+    StageConfig(space=("global", "ties"), sigma=0.2, share=0.25),
+    StageConfig(space=("modules", "ties_modules"), sigma=0.12, share=0.35),
+    StageConfig(space=("blocks", "ties_blocks"), sigma=0.1, share=0.4),
 )
 
 
@@ -195,19 +199,28 @@ class LoadedConfig:
         """The task suite: a path, or the name of one that is shipped."""
         return find_resource("fitness", self.config.fitness, self.folder, f"{self.path}: `fitness`")
 
-    def space(self, stage: StageConfig, index: int) -> tuple[str, SearchSpace, str]:
-        """A stage's name, its space, and where the space was written, for messages."""
-        if isinstance(stage.space, SearchSpace):
-            return f"{index + 1}", stage.space, f"{self.path}: `search.stages.{index}.space`"
-        where = f"{self.path}: `search.stages.{index}.space`"
-        path = find_resource("search_spaces", stage.space, self.folder, where)
-        return f"{index + 1}:{path.stem}", validate(SearchSpace, load_yaml(path), str(path)), str(path)
+    def spaces(self, index: int) -> list[tuple[str, SearchSpace, str]]:
+        """Each alternative of a stage: its name, its space, and where it was written, for messages."""
+        given = self.config.search.stages[index].space
+        where = f"{self.path}: `search.stages[{index}].space`"
+        found = []
+        for number, space in enumerate(given if isinstance(given, tuple) else (given,)):
+            if isinstance(space, SearchSpace):
+                found.append((f"{index + 1}" + chr(ord("a") + number) * (number > 0), space, where))
+            else:
+                path = find_resource("search_spaces", space, self.folder, where)
+                read = validate(SearchSpace, load_yaml(path), str(path))
+                found.append((f"{index + 1}:{path.stem}", read, str(path)))
+        return found
 
     def frozen(self) -> dict[str, Any]:
         """Everything that a resumed run must find unchanged, with spaces written out."""
         data = self.config.model_dump(mode="json")
         data["search"]["stages"] = [
-            {**stage.model_dump(mode="json"), "space": self.space(stage, i)[1].model_dump(mode="json")}
+            {
+                **stage.model_dump(mode="json"),
+                "space": [space.model_dump(mode="json") for _, space, _ in self.spaces(i)],
+            }
             for i, stage in enumerate(self.config.search.stages)
         ]
         for key in ("run_dir", "storage", "export"):

@@ -35,10 +35,12 @@ search:
   optimizer: cma                    # cma | mixed | tpe | gp | nsga2 | random | qmc, or an Optuna sampler
   population_size: null             # null: the optimizer's own choice
   stages:                           # from coarse to fine; each begins at the best of the one before
-    - {space: global, sigma: 0.2, share: 0.25}    # one weight per model
-    - {space: modules, sigma: 0.12, share: 0.35}  # attention, mlp and the rest apart
-    - {space: blocks, sigma: 0.1, share: 0.4}     # six blocks of layers, attention and mlp apart
-  # other ready-made spaces: smooth, ties_blocks, mixed (with optimizer mixed or tpe); or a path to your own
+    # Of a list of spaces, the first is taken that can say the best recipe so far exactly: task arithmetic
+    # or TIES, whichever the fixed recipes favour.
+    - {space: [global, ties], sigma: 0.2, share: 0.25}            # one weight per model
+    - {space: [modules, ties_modules], sigma: 0.12, share: 0.35}  # attention, mlp and the rest apart
+    - {space: [blocks, ties_blocks], sigma: 0.1, share: 0.4}      # blocks of layers, attention and mlp apart
+  # other ready-made spaces: smooth; mixed (with optimizer mixed or tpe); or a path to your own
 
 fixed:                              # merges without a search: baselines and warm start
   scales: [0.3, 0.5, 0.7, 1.0]      #   of task arithmetic over all models
@@ -52,7 +54,7 @@ engine:
   kind: auto
   device: auto                      # auto | cpu | cuda | mps
   dtype: auto                       # auto (as stored) | bfloat16 | float16 | float32
-  batch_tokens: 4096                # most tokens of one forward pass over prompts
+  batch_tokens: 8192                # most tokens of one forward pass over prompts
   cache_gb: null                    # memory for task vectors; null: half of what is free
 
 export: {model: false}              # true: write the winner as a model folder, too

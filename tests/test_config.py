@@ -80,8 +80,12 @@ def test_a_space_may_be_named_written_out_or_given_as_a_path(tmp_path: Path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
     stages = [{"space": "global"}, {"space": "own.yaml"}, {"space": own}]
     loaded = load_config(write(tmp_path, search={"stages": stages}))
-    names = [loaded.space(stage, i)[0] for i, stage in enumerate(loaded.config.search.stages)]
-    assert names == ["1:global", "2:own", "3"]
+    assert [loaded.spaces(i)[0][0] for i in range(3)] == ["1:global", "2:own", "3"]
+
+
+def test_a_stage_may_name_alternative_spaces(tmp_path: Path):
+    loaded = load_config(write(tmp_path, search={"stages": [{"space": ["global", "ties"]}]}))
+    assert [name for name, _, _ in loaded.spaces(0)] == ["1:global", "1:ties"]
 
 
 def test_an_unknown_space_names_the_nearest(tmp_path: Path):

@@ -131,7 +131,10 @@ def test_slerp_without_weights_is_infeasible():
         bound.decode({p.name: 0.0 for p in bound.parameters})
 
 
-@pytest.mark.parametrize(("coarse", "fine"), [("global", "modules"), ("modules", "blocks")])
+@pytest.mark.parametrize(
+    ("coarse", "fine"),
+    [("global", "modules"), ("modules", "blocks"), ("ties", "ties_modules"), ("ties_modules", "ties_blocks")],
+)
 @pytest.mark.parametrize("seed", range(10))
 def test_a_stage_begins_with_the_very_weights_that_the_stage_before_ended_with(
     coarse: str, fine: str, seed: int

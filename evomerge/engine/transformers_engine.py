@@ -59,7 +59,7 @@ def pick_dtype(dtype: str, device: str) -> str:
     """`auto` on a CPU without AMX becomes float32: products in bfloat16 are the slower ones there."""
     if dtype != "auto" or device != "cpu":
         return dtype
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "auto" if capabilities.get("amx_bf16") else "float32"
 
 
@@ -88,7 +88,7 @@ class TransformersEngine:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        batch_tokens: int = 4096,
+        batch_tokens: int = 8192,
     ) -> None:
         import transformers
 

@@ -26,12 +26,15 @@ class Stage:
         space: what it searches.
         sigma: standard deviation of its first proposals, in units of each parameter's range.
         until: share of the search's budget at which it ends, in (0, 1]; the last stage has 1.
+        slot: stages of one slot are alternatives, of which one is searched: the first whose space can say
+            the incumbent exactly, or the first of all. None: the stage has no alternative.
     """
 
     name: str
     space: BoundSpace
     sigma: float
     until: float
+    slot: int | None = None
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,9 @@ class Study:
     def run(self) -> Trial:
         """Search until the budget is spent; return the incumbent.
 
-        Safe to call again after any interruption: recorded trials are told to the optimizer again, and
-        the first one that is missing is proposed as it would have been.
+        After any interruption a new study over the same log goes on: recorded trials are told to the
+        optimizer again, and the first one that is missing is proposed as it would have been. The fixed
+        recipes are scored whatever the budget; where they use all of it, no search follows.
 
         Raises:
             EngineError: too many trials in a row failed, or nothing could be scored at all.
@@ -88,7 +89,7 @@ class Study:
         self._observer.begin(self, FIXED)
         Baselines(self.plan, self._recorder).score()
         for index, stage in enumerate(self.plan.stages):
-            if self._over(index):
+            if self._over(index) or not self._chosen(stage):
                 continue
             self._observer.begin(self, stage.name)
             restart = self._totals.restarts.get(stage.name, 0)
@@ -106,6 +107,11 @@ class Study:
                     f"{stage.name}: {MOST_IDLE} proposals in a row were known; it ends here"
                 )
         return self.incumbent
+
+    @property
+    def best(self) -> Trial | None:
+        """The incumbent; None while no trial is complete."""
+        return self._totals.best
 
     @property
     def incumbent(self) -> Trial:
@@ -153,6 +159,16 @@ class Study:
         stage, last = self.plan.stages[index], self._totals.last
         later = last is not None and any(last.stage == s.name for s in self.plan.stages[index + 1 :])
         return later or self._idle(stage) or self.share_used >= stage.until
+
+    def _chosen(self, stage: Stage) -> bool:
+        """Whether a stage is the one of its slot that is searched."""
+        rivals = [s for s in self.plan.stages if s is stage or (s.slot == stage.slot and s.slot is not None)]
+        begun = [s for s in rivals if s.name in self._totals.restarts]
+        if len(rivals) == 1 or begun:
+            return stage in (begun or rivals)
+        recipe = self.recipe_of(self.incumbent)
+        exact = (s for s in rivals if _digest(s.space, s.space.encode(recipe)) == recipe.digest)
+        return stage is next(exact, rivals[0])
 
     def _idle(self, stage: Stage) -> bool:
         last = self._totals.last
