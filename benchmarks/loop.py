@@ -12,6 +12,7 @@ answers 100 items at once and is not counted. Times are medians of the 20 trials
     tell     the optimizer learns
     all      everything between two trials but the engine: the four above, scoring, digest, bookkeeping
     Optuna   the part of `all` that is spent inside Optuna: its storage, and its samplers' ask
+    worst    the largest `all` of the 20: `cma` and `mixed` do their work once a generation
 
 An optimizer in `FILLED` is too slow to be asked 5,000 times: there, uniformly drawn trials are recorded up to
 ten before each mark, the study is resumed from them and asked 20 times. A resume is measured from opening the
@@ -141,11 +142,12 @@ class Stopwatch(Observer):
         self._open, self._since = defaultdict(float), now
 
     def medians(self, numbers: range) -> dict[str, float]:
-        """Median milliseconds of each phase over the trials `numbers`."""
+        """Median milliseconds of each phase over the trials `numbers`, and the worst of them."""
         rows = [self.trials[n] for n in numbers if n in self.trials]
-        return {
+        middle = {
             phase: 1000 * median(row.get(phase, 0.0) for row in rows) for phase in (*PHASES, "all", "Optuna")
         }
+        return middle | {"worst": 1000 * max(row["all"] for row in rows)}
 
 
 class Bench:

@@ -94,21 +94,23 @@ def _search(loaded: Any, resume: bool, as_json: bool) -> None:
         return
     _print_outcome(result)
     best = loaded.run_dir / "best"
-    out.print(f"\nWinner: {best}/recipe.yaml   Report: {loaded.run_dir}/outcome.md", highlight=False)
+    out.print(f"\nWinner: {best}/recipe.yaml   Report: {loaded.run_dir}/outcome.md", soft_wrap=True)
 
 
 def _print_outcome(result: Result) -> None:
-    from evomerge.report.outcome import headline, table
+    from evomerge.report.outcome import headline, short_table
 
     out.print(headline(result), style="bold", markup=False, highlight=False, soft_wrap=True)
-    out.print(_table(*table(result)))
+    _print_table(*short_table(result))
 
 
-def _table(header: list[str], rows: list[list[str]]) -> Table:
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table as wide as it is: a narrow terminal wraps whole lines, not cells."""
     grid = Table(*header, box=None, pad_edge=False)
     for row in rows:
         grid.add_row(*row)
-    return grid
+    wide = out.options.update(max_width=10_000)
+    out.print(grid, width=out.measure(grid, options=wide).maximum, highlight=False, markup=False)
 
 
 @app.command()
@@ -122,7 +124,7 @@ def status(run_dir: RunDir, as_json: AsJson = False) -> None:
         return
     if facts["headline"]:
         out.print(facts["headline"], style="bold", markup=False, highlight=False, soft_wrap=True)
-    out.print(_table(*status_rows(facts)))
+    _print_table(*status_rows(facts))
 
 
 @app.command()
@@ -167,7 +169,7 @@ def evaluate(
     rows = [[task, f"{s.mean:.3f}", _plus_minus(s.stderr), str(s.n)] for task, s in scores.items()]
     items = str(sum(score.n for score in scores.values()))
     total = ["fitness", f"{fitness_value:.3f}", "", items]
-    out.print(_table(["task", "score", "stderr", "items"], [*rows, total]))
+    _print_table(["task", "score", "stderr", "items"], [*rows, total])
 
 
 def _plus_minus(stderr: float | None) -> str:
@@ -198,7 +200,7 @@ def check(run_file: RunFile, as_json: AsJson = False) -> None:
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=1) + "\n")
         return
-    out.print(_table(["check", "found"], [[key, _shown(value)] for key, value in facts.items()]))
+    _print_table(["check", "found"], [[key, _shown(value)] for key, value in facts.items()])
 
 
 def _shown(value: Any) -> str:

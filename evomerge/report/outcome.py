@@ -68,6 +68,12 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def short_table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """`table` without the calibration and selection columns, for a terminal."""
+    header, rows = table(result)
+    return [header[0], *header[3:]], [[row[0], *row[3:]] for row in rows]
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
