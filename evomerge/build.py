@@ -170,7 +170,7 @@ class Run:
     """
 
     def __init__(self, parts: Parts, *, resume: bool = False, say: Say = _silent) -> None:
-        self.parts, self.say = parts, say
+        self.parts, self.say, self._resumed = parts, say, resume
         self.folder = parts.loaded.run_dir
         self._stack = ExitStack()
         begun = (self.folder / CONFIG).exists()
@@ -206,6 +206,11 @@ class Run:
         location = config.storage or str(self.folder / JOURNAL)
         log = TrialLog(location, self.parts.loaded.name, exclusive=config.storage is None)
         self._stack.callback(log.close)
+        if len(log) and not self._resumed:
+            raise RunDirError(
+                f"{location}: the study `{self.parts.loaded.name}` is there already, but this run is new; "
+                "rename the run file or choose another `storage`"
+            )
         book = Scorebook(engine, self.parts.suite, ItemStore(self.folder / "items"), self.say)
         plan = plan_of(self.parts, log)
         study = Study(plan, self.parts.suite, book, log, observer)
@@ -221,7 +226,7 @@ class Run:
     def _check_or_write_config(self, begun: bool) -> None:
         now = {
             "name": self.parts.loaded.name,
-            "storage": self.parts.loaded.config.storage,
+            "storage": self.parts.loaded.config.storage,  # where `status` looks
             "config": self.parts.loaded.frozen(),
             "run_file": str(self.parts.loaded.path.resolve()),
             "sources": self.parts.sources.hashes(),

@@ -214,7 +214,11 @@ class LoadedConfig:
         return found
 
     def frozen(self) -> dict[str, Any]:
-        """Everything that a resumed run must find unchanged, with spaces written out."""
+        """Everything that a resumed run must find unchanged, with spaces written out.
+
+        Where a run writes and on what machine it runs may change: a run that ran out of memory goes on
+        with a smaller `engine.batch_tokens`.
+        """
         data = self.config.model_dump(mode="json")
         data["search"]["stages"] = [
             {
@@ -223,8 +227,9 @@ class LoadedConfig:
             }
             for i, stage in enumerate(self.config.search.stages)
         ]
-        for key in ("run_dir", "storage", "export"):
+        for key in ("run_dir", "export"):
             data.pop(key)
+        data["engine"] = {"dtype": data["engine"]["dtype"]}
         return data
 
 

@@ -176,6 +176,15 @@ def test_a_changed_configuration_is_refused_with_the_difference(world: World, co
     assert "config.search.population_size: 4 -> 6" in err
 
 
+def test_a_changed_storage_is_refused(world: World, command: Command):
+    with build.Run(build.Parts.open(build.load_config(world.run_file))):
+        pass
+    world.run["storage"] = f"sqlite:///{world.folder}/other.db"
+    code, _, err = command("search", "--resume", world.write())
+    assert code == 2
+    assert "config.storage: null -> " in err
+
+
 def test_changed_items_are_refused(world: World, command: Command):
     with build.Run(build.Parts.open(build.load_config(world.run_file))):
         pass

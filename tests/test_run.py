@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 import evomerge
-from evomerge.errors import EngineError, HeldOutError
+from evomerge.errors import EngineError, HeldOutError, RunDirError
 from evomerge.evaluate.items import Item, Split
 from evomerge.evaluate.task import Suite
 from evomerge.study.storage import JOURNAL, TrialLog
@@ -163,6 +163,34 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     evomerge.resume_search(world.run_dir)
     assert trials(world)[: len(before)] == before
     assert trials(world) == trials(finished)
+
+
+def test_a_stopped_run_may_go_on_with_another_batch_size(world: World, monkeypatch: pytest.MonkeyPatch):
+    """The message for an accelerator that is out of memory asks for a smaller one."""
+    from evomerge.engine.transformers_engine import TransformersEngine
+
+    def broken(*args: object) -> None:
+        raise EngineError("out of memory while generating; lower `engine.batch_tokens`")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "generate", broken)
+        with pytest.raises(EngineError, match="lower `engine.batch_tokens`"):
+            evomerge.run_search(world.run_file)
+    world.run["engine"]["batch_tokens"] = 64
+    world.run["budget"]["trials"] = 34
+    world.write()
+    assert evomerge.resume_search(world.run_dir).winner.held_out is not None
+
+
+def test_a_new_run_does_not_take_over_another_runs_study(world: World, tmp_path: Path):
+    world.run["storage"] = f"sqlite:///{tmp_path}/shared.db"
+    world.run["budget"]["trials"] = 20
+    world.write()
+    evomerge.run_search(world.run_file)
+    world.run["run_dir"] = "./elsewhere"
+    world.write()
+    with pytest.raises(RunDirError, match="the study `tiny` is there already, but this run is new"):
+        evomerge.run_search(world.run_file)
 
 
 def test_held_out_items_raise_when_the_search_reads_them(world: World, monkeypatch: pytest.MonkeyPatch):
