@@ -30,6 +30,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 log = logging.getLogger("evomerge")
+log.addHandler(logging.NullHandler())  # without a log file, messages are for the console alone
 
 RunFile = Annotated[
     Path, typer.Argument(metavar="RUN.yaml", help="The run file; `evomerge init` writes one.")
@@ -109,8 +110,8 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
     grid = Table(*header, box=None, pad_edge=False)
     for row in rows:
         grid.add_row(*row)
-    wide = out.options.update(max_width=10_000)
-    out.print(grid, width=out.measure(grid, options=wide).maximum, highlight=False, markup=False)
+    needed = out.measure(grid, options=out.options.update(max_width=10_000)).maximum
+    Console(width=max(out.width, needed)).print(grid, highlight=False)
 
 
 @app.command()

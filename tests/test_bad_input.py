@@ -206,6 +206,15 @@ def test_changed_weights_are_refused(world: World, command: Command):
     assert "sources.one: " in err
 
 
+def test_an_error_is_printed_once(tmp_path: Path):
+    """In a process of its own: logging prints to standard error when nobody has set it up."""
+    words = [sys.executable, "-m", "evomerge", "status", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("no run was begun here") == 1
+    assert done.stdout == ""
+
+
 def test_several_mistakes_in_one_file_are_all_named(world: World, command: Command):
     world.run["seed"] = -1
     world.run["budgett"] = 1

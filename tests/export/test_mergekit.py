@@ -84,8 +84,7 @@ CASES = {
             **spread(
                 4, MLP, make=lambda i: Setting("linear", {"normalize": False}, weighted(far=0.5, code=0.5))
             ),
-        },
-        bits=False,
+        }
     ),
     "arithmetic_by_layer_and_module": Case(
         {

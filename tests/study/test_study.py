@@ -101,6 +101,7 @@ def test_fixed_recipes_are_the_optimizers_warm_start(lab, monkeypatch):
     study.run()
     assert starts.keys() == {"coarse", "fine"}
     known = {tuple(params.values()): fitness for params, fitness in starts["coarse"].known}
+    assert len(known) == len(starts["coarse"].known)  # not ties or linear, which read as weights by mistake
     told = {t.label: t.told for t in study.log if t.stage == FIXED}
     assert known == {
         (0.0, 0.0): told["base"],
@@ -183,6 +184,11 @@ def test_the_running_totals_are_those_of_the_log(lab):
     assert study.incumbent == best_trial(study.log)
     later = lab.study(plan(len(LABELS) + 12, screen=2), engine())
     assert later._totals == study._totals
+
+
+def test_among_equals_the_earliest_is_the_incumbent(lab):
+    study = run(lab, plan(len(LABELS) + 4), engine(lambda recipe, prompt: 0.25))
+    assert study.incumbent == study.best == best_trial(study.log) == study.log.trials[0]
 
 
 def test_the_search_finds_the_optimum(lab):

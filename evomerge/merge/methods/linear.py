@@ -23,26 +23,25 @@ def kernel(inputs: TensorInputs) -> Kernel:
     """sum_i w_i theta_i, divided by sum_i w_i when `normalize` is true, with theta_i = base + delta_i.
 
     The order of operations is mergekit's, so that float32 results agree to the last bit: a zero accumulator,
-    one multiply-add per model in order, one division.
+    one multiply-add per model in order, one division by the sum of the weights in the working dtype.
 
     Raises:
         RecipeError: `normalize` is true and the weights sum to zero.
     """
     import torch
 
-    weights = inputs.values("weight")
-    divisor = math.fsum(weights) if inputs.parameter("normalize") else 1.0
+    factors = torch.tensor(inputs.values("weight"), dtype=inputs.dtype, device=inputs.base.device)
+    divisor = float(factors.sum()) if inputs.parameter("normalize") else 1.0
     if abs(divisor) < SMALLEST_SUM:
         raise RecipeError(
             f"{inputs.where}: the weights of linear sum to {divisor:g}, and an average divides by that sum; "
             "change a weight or set `normalize` to false"
         )
     total, source = inputs.scratch(2)
-    factors = torch.tensor(weights, dtype=inputs.dtype, device=inputs.base.device).unbind()
 
     def run(low: int, high: int, out: torch.Tensor) -> None:
         acc = total[: high - low].zero_()
-        for factor, delta in zip(factors, inputs.deltas, strict=True):
+        for factor, delta in zip(factors.unbind(), inputs.deltas, strict=True):
             theta = out if delta is None else torch.add(out, delta[low:high], out=source[: high - low])
             acc.addcmul_(theta, factor)
         out.copy_(acc if divisor == 1.0 else acc.div_(divisor))
