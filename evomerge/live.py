@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from evomerge.study.study import Observer, Study, best_trial
+from evomerge.study.study import Observer, Study
 from evomerge.study.trial import FIXED, Trial
 
 QUIET_SECONDS = 15.0  # between lines when the output is no terminal
@@ -61,7 +61,7 @@ class LiveObserver(Observer):
         if stage == FIXED:
             self.say(f"fixed recipes: {len(study.plan.fixed)}")
         elif stage == "final":
-            best = best_trial(study.log)
+            best = study.best
             known = "" if best is None else f"; best on calibration items: {best.fitness:.3f}"
             self.say(f"search ended after {len(study.log)} trials{known}. Now on fresh items:")
         else:
@@ -101,7 +101,7 @@ class LiveObserver(Observer):
 
 def status_line(study: Study, trial: Trial) -> str:
     """Trial, its fitness, the incumbent with its error bar, items per second and time left."""
-    best = best_trial(study.log)
+    best = study.best
     parts = [f"trial {trial.number}", trial.label or trial.stage]
     parts.append(trial.outcome.value if trial.fitness is None else f"{trial.fitness:.3f}")
     if best is not None and best.fitness is not None:

@@ -133,6 +133,7 @@ class Family:
             RecipeError: a method refuses its parameters.
         """
         canonical: dict[Cell, Setting] = {}
+        done: dict[tuple[int, tuple[str, ...]], Setting] = {}  # the cells of a group share one setting
         for cell, setting in cells.items():
             spec = self.specs[setting.method]
             models = setting.models
@@ -142,8 +143,11 @@ class Family:
                 models = {}
             if not models:
                 continue
-            complete = spec.complete(Setting(setting.method, setting.parameters, models), str(cell))
-            result = spec.canonical(complete)
+            key = (id(setting), tuple(models))
+            if key not in done:
+                complete = spec.complete(Setting(setting.method, setting.parameters, models), str(cell))
+                done[key] = spec.canonical(complete)
+            result = done[key]
             if result != BASE_COPY:
                 canonical[cell] = result
         return Recipe(self.base, self.models, canonical, seed=self.seed, modules=self.layout.extra_modules)
@@ -313,7 +317,9 @@ class BoundSpace:
         for group in self._groups:
             method = str(params.get(f"{group.name}.method", self.space.methods[0]))
             for cell in group.cells:
-                cells[cell] = self._setting(method, group, cell, self._values(group, cell, params))
+                if group.knots > 1 or cell is group.cells[0]:
+                    setting = self._setting(method, group, cell, self._values(group, cell, params))
+                cells[cell] = setting
         return self.family.recipe(cells)
 
     def _values(self, group: _Group, cell: Cell, params: Params) -> dict[str, float]:

@@ -147,7 +147,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     world: World, finished: World, signal_number: signal.Signals
 ):
     """Promise 2, with a real process: the trials are those of the run that nobody stopped."""
-    command = [sys.executable, "-m", "evomerge", "search", str(world.run_file)]
+    # Whoever runs the tests in the background may have made the shell ignore SIGINT, and children inherit it.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from evomerge.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "search", str(world.run_file)]
     journal = world.run_dir / JOURNAL
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
@@ -174,7 +179,7 @@ def test_a_stopped_run_may_go_on_with_another_batch_size(world: World, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "generate", broken)
-        with pytest.raises(EngineError, match="lower `engine.batch_tokens`"):
+        with pytest.raises(EngineError, match=r"lower `engine.batch_tokens`"):
             evomerge.run_search(world.run_file)
     world.run["engine"]["batch_tokens"] = 64
     world.run["budget"]["trials"] = 34

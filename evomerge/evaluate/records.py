@@ -16,7 +16,6 @@ import re
 import secrets
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from evomerge.errors import StorageError
@@ -54,7 +53,7 @@ class ItemStore:
         buffer = io.BytesIO()
         with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as file:
             for score in scores:
-                file.write((json.dumps(asdict(score), ensure_ascii=False, allow_nan=False) + "\n").encode())
+                file.write((json.dumps(vars(score), ensure_ascii=False, allow_nan=False) + "\n").encode())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("xb") as raw:
