@@ -14,8 +14,9 @@ import platform
 import time
 from pathlib import Path
 
-from evomerge.build import Parts, transformers_engine, versions
+from evomerge.build import Parts, versions
 from evomerge.config import load_config
+from evomerge.engine.factory import transformers_engine
 from evomerge.evaluate.evaluator import evaluate, subset
 from evomerge.recipe import Setting
 from evomerge.report.outcome import markdown_table

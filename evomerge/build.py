@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from evomerge.config import LoadedConfig, StageConfig, differences, load_config
 from evomerge.engine.base import Engine
+from evomerge.engine.factory import transformers_engine
 from evomerge.errors import RunDirError, SourceError
 from evomerge.evaluate.evaluator import evaluate, subset
 from evomerge.evaluate.items import Split
@@ -128,34 +130,6 @@ def make_engine(parts: Parts) -> Engine:
     )
 
 
-def transformers_engine(
-    sources: SourceSet,
-    layout: Layout,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_tokens: int = 8192,
-    cache_gb: float | None = None,
-) -> Engine:
-    """A transformers engine; `cache_gb` None lets task vectors take half of the free memory."""
-    from evomerge.engine.transformers_engine import TransformersEngine, pick_device
-    from evomerge.merge.merger import Merger
-
-    device = pick_device(device)
-    merger = Merger(sources, device=device, cache_bytes=cache_bytes(cache_gb))
-    folder = sources.folders[sources.base_name]
-    return TransformersEngine(folder, merger, layout, device=device, dtype=dtype, batch_tokens=batch_tokens)
-
-
-def cache_bytes(cache_gb: float | None) -> int:
-    """Bytes that cached task vectors may take: as asked, or half of the memory that is free now."""
-    if cache_gb is not None:
-        return int(cache_gb * 1e9)
-    import psutil
-
-    return int(psutil.virtual_memory().available) // 2
-
-
 class Run:
     """An opened run directory; a context manager, because it is locked while it is open.
 
@@ -239,7 +213,7 @@ class Run:
             temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
             temporary.replace(path)
             return
-        then = json.loads(path.read_text(encoding="utf-8"))
+        then = begun_with(self.folder)
         keys = ("config", "sources", "items")
         lines = differences({key: then[key] for key in keys}, {key: now[key] for key in keys})
         if lines:
@@ -404,17 +378,26 @@ def export_run(
     return sorted(best.glob("*.yaml"))
 
 
+def begun_with(run_dir: Path) -> dict[str, Any]:
+    """What a run was begun with: name, storage, config, run_file, sources, items, versions, started.
+
+    Raises:
+        RunDirError: no run was begun there.
+    """
+    try:
+        document: dict[str, Any] = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunDirError(f"{run_dir}: no run was begun here ({CONFIG}: {error})") from error
+    return document
+
+
 def config_of(run_dir: Path) -> LoadedConfig:
     """The run file of a run directory.
 
     Raises:
         RunDirError: no run was begun there.
     """
-    try:
-        document = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunDirError(f"{run_dir}: no run was begun here ({CONFIG}: {error})") from error
-    path = Path(document["run_file"])
+    path = Path(begun_with(run_dir)["run_file"])
     loaded = load_config(path)
     if loaded.run_dir.resolve() != run_dir.resolve():
         raise RunDirError(

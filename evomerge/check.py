@@ -11,8 +11,9 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from evomerge.build import Parts, cache_bytes, make_engine, plan_of
+from evomerge.build import Parts, make_engine, plan_of
 from evomerge.config import LoadedConfig
+from evomerge.engine.factory import cache_bytes
 from evomerge.errors import RunDirError
 from evomerge.evaluate.evaluator import evaluate, subset
 from evomerge.study.budget import seconds_of

@@ -12,8 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from evomerge.build import CONFIG, LOCK
-from evomerge.errors import RunDirError
+from evomerge.build import LOCK, begun_with
 from evomerge.study.storage import JOURNAL, TrialLog
 from evomerge.study.study import best_trial
 
@@ -27,10 +26,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     Raises:
         RunDirError: no run was begun there.
     """
-    try:
-        config = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunDirError(f"{run_dir}: no run was begun here ({CONFIG}: {error})") from error
+    config = begun_with(run_dir)
     location = config["storage"] or str(run_dir / JOURNAL)
     log = TrialLog(location, config["name"])
     try:

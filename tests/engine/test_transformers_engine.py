@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evomerge.build import family_of, transformers_engine
+from evomerge.build import family_of
 from evomerge.engine.base import GenerateRequest, LikelihoodRequest
+from evomerge.engine.factory import transformers_engine
 from evomerge.engine.transformers_engine import TransformersEngine
 from evomerge.errors import EngineError, RecipeError
 from evomerge.recipe import Recipe, Setting

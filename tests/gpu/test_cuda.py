@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomerge.build import family_of, transformers_engine
+from evomerge.build import family_of
 from evomerge.engine.base import GenerateRequest
+from evomerge.engine.factory import transformers_engine
 from evomerge.merge.mask import keep_mask
 from evomerge.merge.merger import Merger
 from evomerge.merge.methods import SPECS
