@@ -247,19 +247,9 @@ class Run:
         for note in export_recipe(best, winner.recipe, parts.sources, parts.layout, result):
             self.say(note)
         if parts.loaded.config.export.model and not (best / "model").exists():
-            export_model(
-                best / "model",
-                winner.recipe,
-                parts.sources,
-                parts.layout,
-                max_shard_bytes=int(parts.loaded.config.export.max_shard_gb * 1e9),
-                card=model_card(
-                    parts.loaded.name,
-                    winner.recipe,
-                    parts.sources,
-                    (self.folder / "outcome.md").read_text(encoding="utf-8"),
-                ),
-            )
+            shard_gb = parts.loaded.config.export.max_shard_gb
+            opened = (winner.recipe, parts.sources, parts.layout)
+            _write_winner(self.folder, best / "model", opened, parts.loaded.name, shard_gb)
 
 
 EXPORT_SECONDS = 10.0  # kept back for writing the outcome and the recipes
@@ -363,19 +353,19 @@ def export_run(
     if not recipe.exists():
         raise RunDirError(f"{run_dir}: the run has no winner yet; go on with `evomerge resume {run_dir}`")
     if model:
-        opened, sources, layout = open_recipe(recipe)
-        outcome = (run_dir / "outcome.md").read_text(encoding="utf-8")
         target = folder or best / "model"
-        export_model(
-            target,
-            opened,
-            sources,
-            layout,
-            max_shard_bytes=int(max_shard_gb * 1e9),
-            card=model_card(target.name, opened, sources, outcome),
-        )
+        _write_winner(run_dir, target, open_recipe(recipe), target.name, max_shard_gb)
         return [*sorted(best.glob("*.yaml")), target]
     return sorted(best.glob("*.yaml"))
+
+
+def _write_winner(
+    run_dir: Path, target: Path, opened: tuple[Recipe, SourceSet, Layout], name: str, shard_gb: float
+) -> None:
+    """The winner of a run as a model folder, its card with the run's outcome."""
+    recipe, sources, layout = opened
+    card = model_card(name, recipe, sources, (run_dir / "outcome.md").read_text(encoding="utf-8"))
+    export_model(target, recipe, sources, layout, max_shard_bytes=int(shard_gb * 1e9), card=card)
 
 
 def begun_with(run_dir: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from evomerge.build import Parts, make_engine, plan_of
@@ -46,12 +47,14 @@ def check_run(loaded: LoadedConfig, say: Callable[[str], None]) -> dict[str, Any
     return facts | _timed(parts)
 
 
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that is there."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
 def _writable(parts: Parts) -> str:
     folder = parts.loaded.run_dir
-    place = folder
-    while not place.exists():
-        place = place.parent
-    probe = place / f".{folder.name}.probe"
+    probe = _existing(folder) / f".{folder.name}.probe"
     try:
         probe.touch()
         probe.unlink()
@@ -63,10 +66,7 @@ def _writable(parts: Parts) -> str:
 
 
 def _disk(parts: Parts) -> str:
-    place = parts.loaded.run_dir
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_existing(parts.loaded.run_dir)).free
     need = parts.sources.base.bytes if parts.loaded.config.export.model else 0
     if free < need:
         raise RunDirError(

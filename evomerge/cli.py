@@ -6,7 +6,6 @@ Imports: `build`, `config` and the rest inside the commands, so that `--help` is
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,8 +28,6 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
-log = logging.getLogger("evomerge")
-log.addHandler(logging.NullHandler())  # without a log file, messages are for the console alone
 
 RunFile = Annotated[
     Path, typer.Argument(metavar="RUN.yaml", help="The run file; `evomerge init` writes one.")
@@ -45,7 +42,6 @@ def main() -> None:
     try:
         app()
     except EvomergeError as error:
-        log.error("%s: %s", type(error).__name__, error)
         message = f"{type(error).__name__}: {error}"
         err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

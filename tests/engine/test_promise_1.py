@@ -15,6 +15,7 @@ from evomerge.merge.merger import Merger
 from evomerge.recipe import Recipe, Setting
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
+from tests.threads import one_thread as one_thread
 from tests.tiny import tiny_adapter, tiny_model
 
 SPARSE = {"math": {"weight": 0.6, "density": 0.4}, "lora": {"weight": 0.9, "density": 0.7}}
@@ -27,14 +28,6 @@ SETTINGS = {
     "dare_ties": Setting("dare_ties", {}, SPARSE),
 }
 TOKENS = torch.tensor([[5, 17, 99, 40, 8, 63, 101, 3]])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

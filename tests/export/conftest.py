@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,21 +22,13 @@ from tests.tiny import tiny_adapter, tiny_model
 DRIVER = """
 import json, os, sys
 from importlib.metadata import entry_points
+from tests.threads import one_thread as one_thread
 scripts = {script.name: script for script in entry_points(group="console_scripts")}
 for folder, words in json.load(open(sys.argv[1])):
     os.chdir(folder)
     os.environ["PWD"] = folder
     scripts[words[0]].load()([os.path.expandvars(word) for word in words[1:]], standalone_mode=False)
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are small: waiting for a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods._method import CHUNK, TensorInputs
 from evomerge.recipe import Setting
+from tests.threads import one_thread as one_thread
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "methods.json"
 
@@ -31,15 +32,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "goldens(*methods): run once per golden case of these methods")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are small: waiting for a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
