@@ -4,7 +4,9 @@ The model is built once. `load` merges a recipe tensor by tensor into the model'
 only those whose merge operation changed since the last candidate; a checksum of every tensor written is
 read back from the model. Nothing touches the disk.
 
-Generation is greedy, in left-padded batches sorted by length; rows that have ended leave the batch.
+Generation is greedy, in left-padded batches; rows that have ended leave the batch. On a CPU the prompts of a
+batch are read in small parts of like length, whose caches are then joined: less padding, and activations
+that stay near the processor.
 
 Imports: torch, transformers; `merge`, `sources`.
 """
@@ -34,6 +36,10 @@ from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Recipe
 from evomerge.sources.layout import Layout
+
+# Tokens, padding included, of one forward pass over prompts on a CPU. SmolLM2-135M reads a token 10 % faster
+# at 400 than at 2,000 on the development machine; the padding saved comes on top.
+CPU_PROMPT_TOKENS = 512
 
 
 def pick_device(device: str) -> str:
@@ -101,6 +107,9 @@ class TransformersEngine:
             self.model.to(self.device).eval().requires_grad_(False)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.prompts = PromptEncoder(tokenizer, self.model.generation_config.eos_token_id)
+        cache = transformers.DynamicCache(config=self.model.config)
+        plain = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
+        self._prompt_tokens = CPU_PROMPT_TOKENS if plain and self.device == "cpu" else batch_tokens
         self._weights = _weights_by_name(self.model, layout)
         self._held: dict[str, str] = {}
         self._checksums: dict[str, int] = {}
@@ -168,22 +177,10 @@ class TransformersEngine:
         self, batch: Sequence[int], requests: Sequence[GenerateRequest], encoded: Sequence[Sequence[int]]
     ) -> Iterator[tuple[int, Completion]]:
         """Left-padded greedy decoding of the requests numbered in `batch`."""
-        rows = list(batch)
-        tokens, mask = self._pad([encoded[i] for i in rows])
-        position = mask.long().cumsum(-1).sub_(1).clamp_(min=0)
+        rows = sorted(batch, key=lambda i: len(encoded[i]))
         written: dict[int, list[int]] = {i: [] for i in rows}
-        cache = None
-        for _ in range(max(requests[i].max_tokens for i in rows)):
-            out = self.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = out.past_key_values
-            chosen = out.logits[:, -1].argmax(-1)
+        chosen, mask, position, cache = self._read([encoded[i] for i in rows])
+        while True:
             keep = []
             for row, (i, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
                 written[i].append(token)
@@ -195,13 +192,38 @@ class TransformersEngine:
             if not keep:
                 return
             if len(keep) < len(rows):
-                index = torch.tensor(keep, device=tokens.device)
+                index = torch.tensor(keep, device=chosen.device)
                 cache.batch_select_indices(index)
                 chosen, mask, position = chosen[index], mask[index], position[index]
                 rows = [rows[row] for row in keep]
-            tokens = chosen[:, None]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             position = position[:, -1:] + 1
+            chosen, cache = self._step(chosen[:, None], mask, position, cache)
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """First tokens `(rows,)`, mask `(rows, longest)`, last positions `(rows, 1)` and cache."""
+        lengths = [len(prompt) for prompt in prompts]
+        parts = []
+        for part in _batches(range(len(prompts)), lengths, self._prompt_tokens):
+            tokens, mask = self._pad([prompts[i] for i in part])
+            parts.append(self._step(tokens, mask, mask.long().cumsum(-1).sub_(1).clamp_(min=0), None))
+        mask = self._pad(prompts)[1]
+        position = mask.sum(-1, keepdim=True) - 1
+        return torch.cat([chosen for chosen, _ in parts]), mask, position, _joined([c for _, c in parts])
+
+    def _step(
+        self, tokens: torch.Tensor, mask: torch.Tensor, position: torch.Tensor, cache: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """One forward pass: the likeliest next token of every row `(rows,)`, and the cache."""
+        out = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].argmax(-1), out.past_key_values
 
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[LikelihoodRequest]) -> list[Likelihood]:
@@ -211,7 +233,7 @@ class TransformersEngine:
         result: list[Likelihood | None] = [None] * len(requests)
         with _machine_errors("scoring"):
             order = sorted(range(len(requests)), key=lambda i: (len(pairs[i][1]), lengths[i]))
-            for batch in _batches(order, lengths, self._batch_tokens):
+            for batch in _batches(order, lengths, self._prompt_tokens):
                 tokens, mask = self._pad([[*pairs[i][0], *pairs[i][1]] for i in batch])
                 longest = max(len(pairs[i][1]) for i in batch)
                 out = self.model(
@@ -255,6 +277,20 @@ def _weights_by_name(model: Any, layout: Layout) -> dict[str, torch.Tensor]:
             "such tensors), so candidates cannot be written in place; this architecture is not supported yet"
         )
     return {name: state[name].data for name in layout.tensors if name not in tied}
+
+
+def _joined(caches: Sequence[Any]) -> Any:
+    """One cache with the rows of all, in order, each moved to the right end of the longest."""
+    first = caches[0]
+    if len(caches) == 1:
+        return first
+    longest = max(cache.get_seq_length() for cache in caches)
+    for at, layer in enumerate(first.layers):
+        for name in ("keys", "values"):
+            parts = [getattr(cache.layers[at], name) for cache in caches]
+            padded = [torch.nn.functional.pad(x, (0, 0, longest - x.shape[-2], 0)) for x in parts]
+            setattr(layer, name, torch.cat(padded))
+    return first
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -108,8 +108,12 @@ def test_weights_that_are_not_finite_are_the_recipes_fault(engine: TransformersE
         engine.load(everywhere(sources, "task_arithmetic", full=1e300))
 
 
-def test_batched_answers_equal_one_by_one_argmax_decoding(engine: TransformersEngine, sources: SourceSet):
-    """Left padding, batching and dropping ended rows change nothing, in float32."""
+@pytest.mark.parametrize("prompt_tokens", [1, 24, 4096])
+def test_batched_answers_equal_one_by_one_argmax_decoding(
+    engine: TransformersEngine, sources: SourceSet, monkeypatch: pytest.MonkeyPatch, prompt_tokens: int
+):
+    """Left padding, reading prompts in parts, batching and dropping ended rows change nothing, in float32."""
+    monkeypatch.setattr(engine, "_prompt_tokens", prompt_tokens)
     engine.load(everywhere(sources, "task_arithmetic", full=1.0, adapter=0.5))
     requests = [GenerateRequest(prompt, 3 + i) for i, prompt in enumerate(PROMPTS)]
     for request, answer in zip(requests, engine.generate(requests), strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from evomerge.merge.magnitude import MagnitudeIndex
+from evomerge.merge.magnitude import BLOCK, MagnitudeIndex
 
 
 def bf16_delta(n: int, seed: int) -> torch.Tensor:
@@ -25,7 +25,7 @@ DELTAS = {
     "zeros": torch.zeros(600),
     "mostly zeros": torch.eye(40).flatten(),
     "one entry": torch.tensor([-2.0]),
-    "one block": torch.randn(256, generator=torch.Generator().manual_seed(3)),
+    "two blocks": torch.randn(BLOCK + 9, generator=torch.Generator().manual_seed(3)),
     "denormal": torch.tensor([1e-45, -1e-45, 0.0, 3e-45, 1.0]),
     "float64": torch.randn(2000, generator=torch.Generator().manual_seed(4), dtype=torch.float64),
 }
@@ -79,9 +79,19 @@ def test_every_count_of_a_small_tensor_is_exact():
         assert kept == k
 
 
-def test_an_index_is_small():
-    delta = DELTAS["distinct"]
-    assert MagnitudeIndex(delta).nbytes < delta.nbytes / 40
+def test_the_index_of_a_million_entries_is_small():
+    delta = torch.randn(1_000_000, generator=torch.Generator().manual_seed(6))
+    assert MagnitudeIndex(delta).nbytes < delta.nbytes / 100
+
+
+def test_counting_in_several_steps_gives_the_same_cut(monkeypatch):
+    delta = DELTAS["bf16"]
+    whole = MagnitudeIndex(delta)
+    monkeypatch.setattr("evomerge.merge.magnitude.COUNTED", 777)
+    parts = MagnitudeIndex(delta)
+    assert [parts.largest(delta, k) for k in (1, 300, 9000)] == [
+        whole.largest(delta, k) for k in (1, 300, 9000)
+    ]
 
 
 def test_indexing_does_not_change_the_task_vector():

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# torch splits an elementwise CPU operation over threads from 32,768 entries on. Just below that, a chunk runs
-# on one thread: no waiting for a busy core, and float64 sums that do not depend on the number of threads.
+# torch splits an elementwise CPU operation over threads from 32,768 entries on, so sums in blocks just below
+# that do not depend on the number of threads.
 CHUNK = 32_000
 
 # `kernel(low, high, out)`: `out` holds the base entries [low, high) of the flat tensor in the working dtype
