@@ -17,11 +17,10 @@ from evomerge.merge.plan import MergePlan
 from evomerge.merge.writer import write_model
 from evomerge.recipe import Recipe
 from evomerge.report.outcome import headline
+from evomerge.sources.checkpoint import TORCH_DTYPES
 from evomerge.sources.layout import Layout
 from evomerge.sources.source_set import SourceSet
 from evomerge.study.final import Result
-
-TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def export_recipe(

@@ -28,6 +28,7 @@ from evomerge.recipe import Recipe
 from evomerge.sources.checkpoint import Checkpoint
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
+from evomerge.sources.streamed import TaskVector
 from evomerge.sources.tokenizer import vocabulary
 from evomerge.sources.tying import embedding_of
 
@@ -162,6 +163,9 @@ class _Float32Sources:
 
     def delta(self, model: str, name: str) -> torch.Tensor | None:
         return self.sources.delta(model, name)
+
+    def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
+        return self.sources.streamed_delta(model, name, base)
 
 
 def _tensors(

@@ -6,7 +6,7 @@ class, so a query collects the few entries of that class in one pass and selects
 
 Exactly k entries are kept; among equal magnitudes those that come first in flat order.
 
-Imports: numpy, torch.
+Imports: numpy, torch, `evomerge.sources`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from evomerge.sources.streamed import TaskVector
 
 BLOCK = 1 << 16  # entries looked at in one step of a query; they stay in the processor's cache
 COUNTED = 1 << 20  # entries counted in one step; each step costs one addition per class
@@ -35,7 +37,7 @@ class Cut:
     last: int
     below: float
 
-    def write(self, delta: torch.Tensor, low: int, high: int, out: torch.Tensor) -> None:
+    def write(self, delta: TaskVector, low: int, high: int, out: torch.Tensor) -> None:
         """Put entries [low, high) of the flat `delta` into `out`, zero where they are not kept."""
         middle = min(max(self.last + 1, low), high)
         # hardshrink keeps |d| > limit, so the next smaller limit keeps |d| >= threshold
@@ -51,7 +53,7 @@ class MagnitudeIndex:
         delta: flat, `(n,)`, n >= 1, float32 or float64, finite; it is not kept.
     """
 
-    def __init__(self, delta: torch.Tensor) -> None:
+    def __init__(self, delta: TaskVector) -> None:
         self.n = delta.numel()
         integers, shift = _FORMATS[delta.dtype]
         counts = torch.zeros(1 << CLASS_BITS, dtype=torch.int64, device=delta.device)
@@ -72,7 +74,7 @@ class MagnitudeIndex:
         """Memory in bytes."""
         return self._reach.nbytes
 
-    def largest(self, delta: torch.Tensor, k: int) -> Cut:
+    def largest(self, delta: TaskVector, k: int) -> Cut:
         """The cut that keeps exactly `k` entries, 1 <= k <= n, of the same `delta` as given before."""
         if k > self.n - self._zeros:
             last = self.n - 1 if k == self.n else _nth_zero(delta, k - (self.n - self._zeros))
@@ -86,7 +88,7 @@ class MagnitudeIndex:
         equal = positions[values == value]
         return self._cut(delta, float(value), int(equal[missing - 1 - int((values > value).sum())]))
 
-    def _cut(self, delta: torch.Tensor, threshold: float, last: int) -> Cut:
+    def _cut(self, delta: TaskVector, threshold: float, last: int) -> Cut:
         number, zero = (torch.tensor(x, dtype=delta.dtype) for x in (threshold, 0.0))
         return Cut(threshold, last, float(torch.nextafter(number, zero)))
 
@@ -95,25 +97,26 @@ class MagnitudeIndex:
 _FORMATS = {torch.float32: (torch.int32, 31 - CLASS_BITS), torch.float64: (torch.int64, 63 - CLASS_BITS)}
 
 
-def _members(delta: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _members(delta: TaskVector, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions and magnitudes of the entries in one class, in flat order."""
     integers, shift = _FORMATS[delta.dtype]
     mask, wanted = ((1 << CLASS_BITS) - 1) << shift, number << shift
-    bits = delta.view(integers)
     if delta.device.type != "cpu":
-        positions = torch.nonzero((bits & mask) == wanted).flatten()
-    else:  # torch compares and finds several times slower than numpy here
-        array = bits.numpy()
-        work, found = np.empty(BLOCK, array.dtype), []
-        for begin in range(0, len(array), BLOCK):
-            block = array[begin : begin + BLOCK]
-            leading = np.bitwise_and(block, mask, out=work[: len(block)])
-            found.append(np.flatnonzero(leading == wanted) + begin)
-        positions = torch.from_numpy(np.concatenate(found))
-    return positions, delta[positions].abs_()
+        whole = delta[:]
+        positions = torch.nonzero((whole.view(integers) & mask) == wanted).flatten()
+        return positions, whole[positions].abs_()
+    found, values = [], []  # torch compares and finds several times slower than numpy
+    work = np.empty(BLOCK, np.int32 if integers == torch.int32 else np.int64)
+    for begin in range(0, delta.numel(), BLOCK):
+        block = delta[begin : begin + BLOCK]
+        leading = np.bitwise_and(block.view(integers).numpy(), mask, out=work[: block.numel()])
+        places = np.flatnonzero(leading == wanted)
+        found.append(places + begin)
+        values.append(block.numpy()[places])
+    return torch.from_numpy(np.concatenate(found)), torch.from_numpy(np.concatenate(values)).abs_()
 
 
-def _nth_zero(delta: torch.Tensor, count: int) -> int:
+def _nth_zero(delta: TaskVector, count: int) -> int:
     """Flat index of the `count`-th zero, from 1."""
     for begin in range(0, delta.numel(), BLOCK):
         places = torch.nonzero(delta[begin : begin + BLOCK] == 0.0).flatten()

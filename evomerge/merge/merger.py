@@ -4,7 +4,7 @@ Task vectors, and what methods derive from the sources alone (orders, norms), ar
 far as `cache_bytes` reaches, so that a candidate costs one pass over the task vectors that it uses. Tensors
 are merged in float32, in chunks that stay in the processor's cache, and cast once at the end.
 
-Imports: torch, `evomerge.merge`, `evomerge.errors`.
+Imports: torch, `evomerge.merge`, `evomerge.sources`, `evomerge.errors`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from evomerge.errors import RecipeError
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods._method import CHUNK, TensorInputs
 from evomerge.merge.plan import MergePlan, TensorOp
+from evomerge.sources.streamed import TaskVector
 
 T = TypeVar("T")
 
 DEVICE_CHUNK = 1 << 24  # entries per kernel call on an accelerator, where launching costs more than memory
+WHOLE_BYTES = 256 << 20  # without a cache: task vectors of a tensor that are held in memory all at once
 
 
 class TensorSources(Protocol):
@@ -41,6 +43,10 @@ class TensorSources(Protocol):
         """The float32 task vector of one model, None where it does not change the tensor."""
         ...
 
+    def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
+        """The same, flat, not held in memory where that is possible; `base` is the flat base tensor."""
+        ...
+
 
 class Merger:
     """Merges candidates from one set of sources. Not for use from several threads at once.
@@ -48,7 +54,9 @@ class Merger:
     Args:
         sources: the base model and the task vectors.
         device: where tensors are merged and task vectors are kept.
-        cache_bytes: memory for task vectors and what is derived from them; 0 keeps nothing.
+        cache_bytes: memory for the base, task vectors and what is derived from them. 0 keeps nothing, and
+            task vectors of large tensors are read slice by slice by the methods that can: memory does not
+            grow with the number of models.
     """
 
     def __init__(
@@ -93,11 +101,15 @@ class Merger:
                 yield op.tensor, self._merge(op)
 
     def _merge(self, op: TensorOp) -> torch.Tensor:
-        base = self._sources.base_tensor(op.tensor).to(self._device)
+        base = self._cache.get(
+            (op.tensor, "base"), lambda: self._sources.base_tensor(op.tensor).to(self._device)
+        )
         if not base.is_floating_point() or not op.setting.models or not base.numel():
             return base
         method = METHODS[op.setting.method]
-        deltas = [self._delta(model, op.tensor) for model in op.setting.models]
+        bytes_whole = base.numel() * 4 * len(op.setting.models)
+        streamed = method.streams and not self._cache.limit and bytes_whole > WHOLE_BYTES
+        deltas = [self._delta(model, op.tensor, base if streamed else None) for model in op.setting.models]
         if all(delta is None for delta in deltas) and method.keeps_base(op.setting):
             return base
         inputs = TensorInputs(
@@ -128,9 +140,15 @@ class Merger:
             )
         return merged.reshape(base.shape)
 
-    def _delta(self, model: str, tensor: str) -> torch.Tensor | None:
+    def _delta(self, model: str, tensor: str, streamed: torch.Tensor | None) -> TaskVector | None:
+        """One task vector; `streamed` is the base tensor where the vector is not to be held whole."""
+        if model == self._sources.base_name:
+            return None
+        if streamed is not None and self._device.type == "cpu":
+            return self._sources.streamed_delta(model, tensor, streamed.reshape(-1))
+
         def read() -> torch.Tensor | None:
-            delta = None if model == self._sources.base_name else self._sources.delta(model, tensor)
+            delta = self._sources.delta(model, tensor)
             return None if delta is None else delta.to(self._device, torch.float32).reshape(-1)
 
         return self._cache.get((tensor, "delta", model), read)

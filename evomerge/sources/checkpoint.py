@@ -3,7 +3,10 @@
 A safetensors file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, byte range)
 and the data. Reading headers alone costs milliseconds and tells a truncated file from a whole one.
 
-Imports: `evomerge.errors`; torch and safetensors only when a tensor is read.
+Tensors are read into memory of their own and never mapped: mapped pages count as resident memory, and a
+mapped file must fit into a limited address space, so a merge of large models would not keep a small bound.
+
+Imports: `evomerge.errors`; torch only when a tensor is read.
 """
 
 from __future__ import annotations
@@ -20,11 +23,30 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import SourceError
 
 if TYPE_CHECKING:
+    from io import FileIO
+
     import torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATING = ("F64", "F32", "F16", "BF16")
+TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "BOOL": "bool",
+}
 CHUNK = 1 << 22  # bytes per read while hashing
 
 
@@ -36,12 +58,14 @@ class TensorInfo:
         shape: as in torch.
         dtype: safetensors' name, for example "BF16".
         file: the safetensors file that holds it.
+        offset: where its data begins in the file, in bytes.
         nbytes: size of its data.
     """
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
+    offset: int
     nbytes: int
 
     @property
@@ -64,7 +88,6 @@ class TensorFiles:
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self.tensors = tensors
-        self._handles: dict[Path, Any] = {}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -82,13 +105,31 @@ class TensorFiles:
         return sum(info.numel for info in self.tensors.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """Tensor `name` on the CPU in its stored dtype, mapped from its file; do not write into it."""
-        from safetensors import safe_open
+        """Tensor `name` on the CPU in its stored dtype.
 
-        file = self.tensors[name].file
-        if file not in self._handles:
-            self._handles[file] = safe_open(str(file), framework="pt")
-        tensor: torch.Tensor = self._handles[file].get_tensor(name)
+        Raises:
+            SourceError: the file has become shorter, or cannot be read.
+        """
+        info = self.tensors[name]
+        return self.read_range(name, 0, info.numel).reshape(info.shape)
+
+    def read_range(self, name: str, low: int, high: int) -> torch.Tensor:
+        """Entries [low, high) of the flat tensor `name`, as `read` gives them."""
+        import torch
+
+        info = self.tensors[name]
+        tensor = torch.empty(high - low, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
+        if not tensor.numel():
+            return tensor
+        width = info.nbytes // info.numel
+        try:
+            with info.file.open("rb", buffering=0) as file:
+                file.seek(info.offset + low * width)
+                _fill(file, tensor.view(torch.uint8).numpy().data)
+        except (OSError, EOFError) as error:
+            raise SourceError(
+                f"`{info.file}`: tensor `{name}` cannot be read ({error}); restore the file"
+            ) from error
         return tensor
 
 
@@ -168,7 +209,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header.pop("__metadata__", None)
             rows = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
             tensors = {
-                name: TensorInfo(tuple(row["shape"]), row["dtype"], path, end - start)
+                name: TensorInfo(tuple(row["shape"]), row["dtype"], path, 8 + length + start, end - start)
                 for name, row in rows
                 for start, end in [row["data_offsets"]]
             }
@@ -176,6 +217,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise SourceError(
                 f"`{path}` is not a safetensors file (its header does not parse); download or save it again"
             ) from error
+    for name, info in tensors.items():
+        if info.dtype not in TORCH_DTYPES:
+            raise SourceError(
+                f"`{path}`: tensor `{name}` has dtype {info.dtype}, which is not supported; "
+                f"supported are: {', '.join(TORCH_DTYPES)}"
+            )
     wanted = 8 + length + max((row["data_offsets"][1] for _, row in rows), default=0)
     if size < wanted:
         raise _truncated(path, size, wanted)
@@ -207,6 +254,16 @@ def hash_files(files: Iterable[Path]) -> str:
             while block := file.read(CHUNK):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _fill(file: FileIO, buffer: memoryview) -> None:
+    """Read until `buffer` is full; one system call reads 2 GiB at most."""
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise EOFError(f"it ends {len(buffer) - done} bytes early")
+        done += count
 
 
 def _truncated(path: Path, size: int, wanted: int) -> SourceError:

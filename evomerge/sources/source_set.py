@@ -1,7 +1,7 @@
 """All sources of a run, opened and checked: the base's tensors and every model's task vectors.
 
-A task vector (delta) is `model - base` in float32. Full checkpoints are mapped from their files and adapters
-multiplied out tensor by tensor, so that no merged copy of an adapter is ever written.
+A task vector (delta) is `model - base` in float32. Full checkpoints are read, and adapters multiplied out,
+tensor by tensor, so that no merged copy of an adapter is ever written.
 
 Imports: `evomerge.errors` and `evomerge.sources`; torch only when a tensor is asked for.
 """
@@ -17,6 +17,7 @@ from evomerge.sources.checkpoint import Checkpoint
 from evomerge.sources.compatibility import check
 from evomerge.sources.layout import Layout
 from evomerge.sources.reference import SourceRef, commit_of, resolve
+from evomerge.sources.streamed import StreamedDelta, TaskVector
 from evomerge.sources.tying import mergeable
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class SourceSet:
         return Layout(self.tensor_names, modules)
 
     def base_tensor(self, name: str) -> torch.Tensor:
-        """The base's tensor on the CPU in its stored dtype, mapped from its file; do not write into it."""
+        """The base's tensor on the CPU in its stored dtype."""
         return self.base.read(name)
 
     def may_change(self, model: str, name: str) -> bool:
@@ -107,6 +108,21 @@ class SourceSet:
         if moved is None or product is None:
             return product if moved is None else moved
         return moved + product
+
+    def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
+        """As `delta`, but flat, and read from the model's file slice by slice where that is possible.
+
+        It is not for an adapter's product, which is made whole.
+
+        Args:
+            base: `base_tensor(name)`, flat, in its own dtype or float32.
+        """
+        source = self.sources[model]
+        if isinstance(source, Adapter) or not self.may_change(model, name):
+            delta = self.delta(model, name)
+            return None if delta is None else delta.reshape(-1)
+        streamed = StreamedDelta(source, name, base)
+        return streamed if streamed.any() else None
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 by name, base first; reads every file once and remembers the result."""

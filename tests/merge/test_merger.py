@@ -11,9 +11,14 @@ import torch
 from evomerge.errors import RecipeError
 from evomerge.merge.mask import keep_mask
 from evomerge.merge.merger import Merger
+from evomerge.merge.methods import METHODS, SPECS
 from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Cell, Recipe, Setting
 from evomerge.sources.layout import Layout
+from evomerge.sources.reference import SourceRef
+from evomerge.sources.source_set import SourceSet
+from evomerge.sources.streamed import TaskVector
+from tests.tiny import tiny_adapter, tiny_model
 
 SHAPES = {
     "model.embed_tokens.weight": (300, 130),  # more than one chunk
@@ -58,6 +63,9 @@ class MemorySources:
         if (model, name) not in self.tuned:
             return None
         return self.tuned[model, name].float() - self.base[name].float()
+
+    def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
+        raise AssertionError("only a merger without a cache streams, and only large tensors")
 
 
 def plan_of(setting: Setting, sources: MemorySources, seed: int = 0, base: str = "base") -> MergePlan:
@@ -217,7 +225,8 @@ def test_a_second_candidate_reads_no_task_vector_again():
 
 def test_a_cache_that_is_too_small_still_hits_and_keeps_its_limit():
     sources = MemorySources()
-    limit = 300 * 130 * 4 * 2 + 1000  # two of the three large task vectors
+    base = sum(tensor.nbytes for tensor in sources.base.values())
+    limit = base + 300 * 130 * 4 * 2 + 1000  # the base and two of the three large task vectors
     merger = Merger(sources, cache_bytes=limit)
     for _ in range(3):
         dict(merger.materialize(plan_of(SETTINGS["task arithmetic"], sources)))
@@ -228,12 +237,63 @@ def test_a_cache_that_is_too_small_still_hits_and_keeps_its_limit():
 
 def test_what_no_candidate_uses_any_more_makes_room():
     sources = MemorySources()
-    merger = Merger(sources, cache_bytes=300 * 130 * 4)
     embedding = "model.embed_tokens.weight"
+    merger = Merger(sources, cache_bytes=sources.base[embedding].nbytes + 300 * 130 * 4)
     for model in ("math", "code", "code", "code"):
         plan = plan_of(Setting("task_arithmetic", {}, weighted(**{model: 1.0})), sources)
         dict(merger.materialize(plan, {embedding}))
     assert sources.reads["code", embedding] == 2
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> SourceSet:
+    """Three models, an adapter among them; `same` equals the base."""
+    folder = tmp_path_factory.mktemp("streamed")
+    base = tiny_model(folder / "base")
+    tiny_model(folder / "full", seed=1, noise_from=base, noise=0.05)
+    tiny_model(folder / "same", seed=2, noise_from=base, noise=0.0)
+    tiny_adapter(folder / "adapter", base, seed=3)
+    refs = {"full": SourceRef(model=str(folder / "full")), "same": SourceRef(model=str(folder / "same"))}
+    adapter = SourceRef(adapter=str(folder / "adapter"))
+    return SourceSet.open(SourceRef(model=str(base)), {**refs, "adapter": adapter})
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.streams])
+def test_streamed_task_vectors_give_the_bits_of_whole_ones(name, checkpoints, monkeypatch):
+    spec, layout = SPECS[name], checkpoints.layout()
+    values = {key: 0.5 for key in spec.per_model}
+    names = checkpoints.models[: spec.max_models or 3]
+    shared = {key: 0.3 for key, parameter in spec.shared.items() if parameter.default is None}
+    setting = Setting(name, shared, {model: values for model in names})
+    plan = MergePlan.compile(
+        Recipe("base", checkpoints.models, dict.fromkeys(layout.by_cell, setting)), layout
+    )
+    whole = dict(Merger(checkpoints).materialize(plan))
+    monkeypatch.setattr("evomerge.merge.merger.WHOLE_BYTES", 0)
+    streamed = dict(Merger(checkpoints).materialize(plan))
+    assert all(torch.equal(whole[tensor], streamed[tensor]) for tensor in whole)
+
+
+def test_a_streamed_task_vector_is_read_by_slices_only(checkpoints, monkeypatch):
+    name = "model.embed_tokens.weight"
+    base = checkpoints.base_tensor(name).reshape(-1)
+    sizes = []
+    read = checkpoints.sources["full"].read_range
+
+    def counted(tensor: str, low: int, high: int) -> torch.Tensor:
+        sizes.append(high - low)
+        return read(tensor, low, high)
+
+    monkeypatch.setattr(checkpoints.sources["full"], "read_range", counted)
+    monkeypatch.setattr("evomerge.sources.streamed.BLOCK", 100)
+    streamed = checkpoints.streamed_delta("full", name, base)
+    assert torch.equal(streamed[7:50], checkpoints.delta("full", name).reshape(-1)[7:50])
+    assert max(sizes[:-1]) == 100
+
+
+def test_a_model_that_leaves_a_tensor_alone_has_no_streamed_task_vector(checkpoints):
+    base = checkpoints.base_tensor("model.embed_tokens.weight").reshape(-1)
+    assert checkpoints.streamed_delta("same", "model.embed_tokens.weight", base) is None
 
 
 def test_tensors_that_no_model_changes_are_the_bases_own():

@@ -23,6 +23,8 @@ from evomerge.recipe import BASE_COPY, DECIMALS, ParameterSpec, Setting, rounded
 if TYPE_CHECKING:
     import torch
 
+    from evomerge.sources.streamed import TaskVector
+
 SMALLEST_DIVISOR = 1e-8  # without election: a sum of weights below this does not divide (mergekit)
 SMALLEST_NORM = 1e-7  # rescaling is skipped when an L1 norm is below this (mergekit)
 
@@ -49,7 +51,7 @@ def rescale(default: bool) -> ParameterSpec:
 Write = Callable[[int, int, "torch.Tensor"], None]
 
 
-Sparsify = Callable[[TensorInputs, int, "torch.Tensor", float], Write]
+Sparsify = Callable[[TensorInputs, int, "TaskVector", float], Write]
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def gta(inputs: TensorInputs, *, sparsify: Sparsify | None, consensus: bool) -> 
 
 
 def _term(
-    inputs: TensorInputs, index: int, delta: torch.Tensor, weight: float, sparsify: Sparsify | None
+    inputs: TensorInputs, index: int, delta: TaskVector, weight: float, sparsify: Sparsify | None
 ) -> Term:
     density = 1.0 if sparsify is None else inputs.values("density")[index]
     if sparsify is None or density >= 1.0:
@@ -113,7 +115,7 @@ def _term(
     return Term(write_scaled, weight)
 
 
-def _scaled(delta: torch.Tensor, factor: float) -> Write:
+def _scaled(delta: TaskVector, factor: float) -> Write:
     import torch
 
     def write(low: int, high: int, out: torch.Tensor) -> None:
@@ -122,7 +124,7 @@ def _scaled(delta: torch.Tensor, factor: float) -> Write:
     return write
 
 
-def l1(write: Write, n: int, like: torch.Tensor) -> float:
+def l1(write: Write, n: int, like: TaskVector) -> float:
     """Sum of the magnitudes of the `n` entries that `write` writes, accumulated in float64.
 
     The blocks do not depend on the caller's chunk, so neither does the last bit of the sum.

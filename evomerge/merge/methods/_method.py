@@ -21,6 +21,8 @@ from evomerge.recipe import MethodSpec, Setting
 if TYPE_CHECKING:
     import torch
 
+    from evomerge.sources.streamed import TaskVector
+
 T = TypeVar("T")
 
 # torch splits an elementwise CPU operation over threads from 32,768 entries on, so sums in blocks just below
@@ -50,6 +52,7 @@ class TensorInputs:
     Attributes:
         base: flat base tensor, `(n,)`, any floating dtype.
         deltas: flat task vectors, `(n,)` in `dtype`, one per model in the setting's order; None is zero.
+            A method that `streams` may find some whose slices are read from a file at every access.
         setting: the complete setting of the tensor's cell; its models are in the order of `deltas`.
         dtype: the dtype to compute in, float32 or float64.
         shape: shape of the tensor, for methods that work on rows or matrices.
@@ -60,7 +63,7 @@ class TensorInputs:
     """
 
     base: torch.Tensor
-    deltas: Sequence[torch.Tensor | None]
+    deltas: Sequence[TaskVector | None]
     setting: Setting
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -104,12 +107,15 @@ class Method:
         kernel: settles what needs whole tensors and returns the rest as a `Kernel`; pure.
         takes_base: whether the base model may be named among the models of a setting.
         keeps_base: whether, in a setting, models that equal the base merge to the base itself.
+        streams: whether the method takes slices of task vectors and nothing else, so that merging large
+            models needs no whole one in memory.
     """
 
     spec: MethodSpec
     kernel: Callable[[TensorInputs], Kernel]
     takes_base: bool = False
     keeps_base: Callable[[Setting], bool] = always
+    streams: bool = False
 
     def merge(self, inputs: TensorInputs) -> torch.Tensor:
         """The merged tensor, shaped `inputs.shape`, in `inputs.dtype`.

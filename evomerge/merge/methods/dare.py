@@ -26,8 +26,10 @@ from evomerge.recipe import MethodSpec, Setting
 if TYPE_CHECKING:
     import torch
 
+    from evomerge.sources.streamed import TaskVector
 
-def drop(inputs: TensorInputs, index: int, delta: torch.Tensor, density: float) -> Write:
+
+def drop(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Write:
     """Each entry kept with probability `density`."""
     import torch
 
@@ -86,4 +88,4 @@ TIES = MethodSpec(
     source=SOURCE,
 )
 
-METHODS = (Method(LINEAR, linear_kernel), Method(TIES, ties_kernel))
+METHODS = (Method(LINEAR, linear_kernel, streams=True), Method(TIES, ties_kernel, streams=True))

@@ -14,6 +14,8 @@ from evomerge.recipe import BASE_COPY, MethodSpec, ParameterSpec, Setting, round
 if TYPE_CHECKING:
     import torch
 
+    from evomerge.sources.streamed import TaskVector
+
 NEARLY_PARALLEL = 0.9995  # |cosine| above this: interpolate on the line (mergekit's DOT_THRESHOLD)
 TINY = 1e-8  # vectors no longer than this are not normalised
 
@@ -59,7 +61,7 @@ def coefficients(angle: Angle, t: float) -> tuple[float, float]:
 
 
 def measure(
-    base: torch.Tensor, first: torch.Tensor | None, second: torch.Tensor | None, dtype: torch.dtype
+    base: torch.Tensor, first: TaskVector | None, second: TaskVector | None, dtype: torch.dtype
 ) -> Angle:
     """`Angle` of base + first and base + second, all `(n,)`; None is a zero task vector."""
     import torch
@@ -97,4 +99,4 @@ SPEC = MethodSpec(
     source="Shoemake 1985; arithmetic of mergekit 0.1.5",
 )
 
-METHODS = (Method(SPEC, kernel, takes_base=True),)
+METHODS = (Method(SPEC, kernel, takes_base=True, streams=True),)

@@ -26,8 +26,10 @@ from evomerge.recipe import MethodSpec, Setting
 if TYPE_CHECKING:
     import torch
 
+    from evomerge.sources.streamed import TaskVector
 
-def trim(inputs: TensorInputs, index: int, delta: torch.Tensor, density: float) -> Write:
+
+def trim(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Write:
     """The `max(1, int(density * n))` largest magnitudes; among equal ones the first in flat order."""
     from evomerge.merge.magnitude import MagnitudeIndex
 
@@ -61,4 +63,4 @@ SPEC = MethodSpec(
     source="Yadav 2023, arXiv:2306.01708; per tensor as mergekit 0.1.5",
 )
 
-METHODS = (Method(SPEC, kernel),)
+METHODS = (Method(SPEC, kernel, streams=True),)

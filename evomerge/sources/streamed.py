@@ -1,0 +1,66 @@
+"""A task vector that is never whole in memory: its entries are read from the files when they are asked for.
+
+Imports: `evomerge.sources.checkpoint`; torch only when entries are read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from evomerge.sources.checkpoint import TensorFiles
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 1 << 20  # entries compared at once
+
+
+class TaskVector(Protocol):
+    """Entries of a flat task vector by slices without step: a tensor, or a `StreamedDelta`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where slices are."""
+        ...
+
+    def numel(self) -> int:
+        """Number of entries."""
+        ...
+
+    def __getitem__(self, part: slice, /) -> torch.Tensor:
+        """Entries of a slice, `(m,)`."""
+        ...
+
+
+class StreamedDelta:
+    """float32(model) - float32(base) of one tensor, by slices.
+
+    Args:
+        files: the model's.
+        key: the tensor's name in them.
+        base: the base's tensor, flat.
+    """
+
+    def __init__(self, files: TensorFiles, key: str, base: torch.Tensor) -> None:
+        import torch
+
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self._files, self._key, self._base = files, key, base
+
+    def numel(self) -> int:
+        """Number of entries."""
+        return self._base.numel()
+
+    def __getitem__(self, part: slice) -> torch.Tensor:
+        """A new float32 tensor with the entries of a slice without step."""
+        low, high, _ = part.indices(self.numel())
+        return self._files.read_range(self._key, low, high).float().sub_(self._base[low:high])
+
+    def any(self) -> bool:
+        """Whether an entry differs from zero; as a rule the first block tells."""
+        return any(bool(self[low : low + BLOCK].any()) for low in range(0, self.numel(), BLOCK))
