@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from evomerge.config import LoadedConfig, StageConfig, differences, load_config
 from evomerge.engine.base import Engine
 from evomerge.engine.factory import transformers_engine
-from evomerge.errors import RunDirError, SourceError
+from evomerge.errors import ConfigError, RunDirError, SourceError
 from evomerge.evaluate.evaluator import evaluate, subset
 from evomerge.evaluate.items import Split
 from evomerge.evaluate.records import ItemStore
@@ -35,6 +35,7 @@ from evomerge.export.mergekit_merge import merge_mergekit
 from evomerge.export.mergekit_reader import is_mergekit
 from evomerge.export.recipe_file import read_recipe
 from evomerge.merge.methods import SPECS
+from evomerge.merge.writer import Say, silent
 from evomerge.recipe import Recipe
 from evomerge.report.outcome import as_json, as_markdown
 from evomerge.search import Start, make_optimizer
@@ -51,12 +52,8 @@ from evomerge.study.study import Observer, Plan, Stage, Study
 
 CONFIG = "config.json"  # what a run was started with, in its directory
 LOCK = "lock"  # held while a process works in a run directory
+WRITTEN = ("bfloat16", "float16", "float32")  # dtypes that a model can be written in
 PACKAGES = ("evomerge", "torch", "transformers", "optuna", "cma", "cmaes")
-Say = Callable[[str], None]
-
-
-def _silent(message: str) -> None:
-    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ class Run:
             belongs to another configuration (with it).
     """
 
-    def __init__(self, parts: Parts, *, resume: bool = False, say: Say = _silent) -> None:
+    def __init__(self, parts: Parts, *, resume: bool = False, say: Say = silent) -> None:
         self.parts, self.say, self._resumed = parts, say, resume
         self.folder = parts.loaded.run_dir
         self._stack = ExitStack()
@@ -311,7 +308,7 @@ def run_search(
     *,
     resume: bool = False,
     observer: Observer | None = None,
-    say: Say = _silent,
+    say: Say = silent,
 ) -> Result:
     """Run a run file from start to end, or go on with a stopped run.
 
@@ -334,7 +331,7 @@ def run_search(
             engine.close()
 
 
-def resume_search(run_dir: Path | str, *, observer: Observer | None = None, say: Say = _silent) -> Result:
+def resume_search(run_dir: Path | str, *, observer: Observer | None = None, say: Say = silent) -> Result:
     """Go on with the run in `run_dir`, with the run file that it was begun with."""
     return run_search(config_of(Path(run_dir)), resume=True, observer=observer, say=say)
 
@@ -421,18 +418,31 @@ def open_recipe(path: Path, *, changed: bool = False) -> tuple[Recipe, SourceSet
 
 
 def merge_model(
-    recipe: Path | str, out: Path | str, *, max_shard_gb: float = 5.0, allow_changed: bool = False
+    recipe: Path | str,
+    out: Path | str,
+    *,
+    max_shard_gb: float = 5.0,
+    dtype: str | None = None,
+    allow_changed: bool = False,
+    say: Say = silent,
 ) -> Path:
     """Merge a recipe file, or a mergekit YAML, into a model folder; returns the folder.
+
+    Tensors are merged in float32 and rounded once: to `dtype` (a torch name), or each to its own in the base
+    (None; a mergekit file may say otherwise). A merge that was killed goes on at its first missing shard.
 
     Raises:
         EvomergeError: what is wrong, and what to change.
     """
+    if dtype not in (None, *WRITTEN):
+        raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(WRITTEN)}")
     path, max_shard_bytes = Path(recipe), int(max_shard_gb * 1e9)
     if is_mergekit(path):
-        return merge_mergekit(path, Path(out), max_shard_bytes=max_shard_bytes)
+        return merge_mergekit(path, Path(out), max_shard_bytes=max_shard_bytes, dtype=dtype, say=say)
     opened, sources, layout = open_recipe(path, changed=allow_changed)
-    return export_model(Path(out), opened, sources, layout, max_shard_bytes=max_shard_bytes)
+    return export_model(
+        Path(out), opened, sources, layout, max_shard_bytes=max_shard_bytes, dtype=dtype, say=say
+    )
 
 
 def evaluate_model(

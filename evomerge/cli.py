@@ -129,14 +129,24 @@ def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Our recipe, or a mergekit YAML.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to write.")],
     max_shard_gb: Shard = 5.0,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; default: that of the base.")
+    ] = None,
     allow_changed: Annotated[
         bool, typer.Option("--allow-changed", help="Merge sources that changed since the recipe was scored.")
     ] = False,
 ) -> None:
-    """Merge a recipe into a model folder."""
+    """Merge a recipe into a model folder, one tensor at a time; goes on where a killed merge stopped."""
     from evomerge.build import merge_model
 
-    written = merge_model(recipe, folder, max_shard_gb=max_shard_gb, allow_changed=allow_changed)
+    written = merge_model(
+        recipe,
+        folder,
+        max_shard_gb=max_shard_gb,
+        dtype=dtype,
+        allow_changed=allow_changed,
+        say=lambda message: err.print(message, highlight=False, soft_wrap=True),
+    )
     out.print(f"Wrote {written}", highlight=False)
 
 

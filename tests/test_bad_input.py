@@ -223,6 +223,12 @@ def test_several_mistakes_in_one_file_are_all_named(world: World, command: Comma
     assert "`budgett`" in err
 
 
+def test_a_dtype_that_models_are_not_written_in(world: World, command: Command):
+    code, _, err = command("merge", world.folder / "recipe.yaml", world.folder / "out", "--dtype", "int8")
+    assert code == 2
+    assert "dtype is 'int8'; it can be bfloat16, float16, float32" in err
+
+
 @pytest.mark.parametrize("words", [["merge", "none.yaml", "out"], ["evaluate", "./none", "none.yaml"]])
 def test_other_commands_refuse_missing_files_too(command: Command, words: list[str]):
     code, _, err = command(*words)

@@ -11,10 +11,10 @@ from typing import Any
 from evomerge.errors import ExportError
 from evomerge.export.mergekit import is_random, mergekit_documents, mergekit_text, places
 from evomerge.export.recipe_file import dump_yaml, recipe_document, write_yaml
-from evomerge.merge.merger import Merger
+from evomerge.merge.cast import CastMerge
 from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan
-from evomerge.merge.writer import write_model
+from evomerge.merge.writer import Say, planned, silent, write_model
 from evomerge.recipe import Recipe
 from evomerge.report.outcome import headline
 from evomerge.sources.checkpoint import TORCH_DTYPES
@@ -56,22 +56,36 @@ def export_model(
     *,
     max_shard_bytes: int,
     card: str | None = None,
+    dtype: str | None = None,
+    say: Say = silent,
 ) -> Path:
-    """Merge `recipe` and write it as a model folder; tensors are streamed, one shard in memory at a time.
+    """Merge `recipe` and write it as a model folder, tensor by tensor.
+
+    Args:
+        folder: does not exist, or is empty.
+        recipe: to merge.
+        sources: of the recipe.
+        layout: of the base.
+        max_shard_bytes: most bytes of tensors in one file.
+        card: text of README.md; None writes one.
+        dtype: torch name of the dtype to write; None: that of the base, tensor by tensor.
+        say: told of every shard.
 
     Raises:
         RecipeError: a method refuses its parameters, or the merged weights are not finite.
         ExportError: the folder is in use, or the disk is too small.
     """
-    plan = MergePlan.compile(recipe, layout, SPECS)
-    merger = Merger(sources, cache_bytes=0)
     return write_model(
         folder,
-        merger.materialize(plan),
+        planned(sources.base, dtype),
+        CastMerge(sources, MergePlan.compile(recipe, layout, SPECS), dtype),
         sources.folders[recipe.base],
+        key=f"{recipe.digest} {sources.stamp()}",
         max_shard_bytes=max_shard_bytes,
         card=card if card is not None else model_card(folder.name, recipe, sources),
         metadata={"evomerge_recipe": recipe.digest},
+        dtype=dtype,
+        say=say,
     )
 
 

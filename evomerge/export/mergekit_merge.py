@@ -11,29 +11,37 @@ Imports: torch, `merge`, `sources`, `export.mergekit_reader`.
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from evomerge.errors import ExportError, RecipeError
 from evomerge.export.mergekit_reader import Document, ModelRef, Row, read_mergekit
+from evomerge.merge.cast import Float32Sources, cast
 from evomerge.merge.merger import Merger
 from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan, TensorOp
-from evomerge.merge.writer import MAX_SHARD_BYTES, write_model
+from evomerge.merge.writer import MAX_SHARD_BYTES, Say, planned, silent, write_model
 from evomerge.recipe import Recipe
-from evomerge.sources.checkpoint import Checkpoint
+from evomerge.sources.checkpoint import TORCH_DTYPES, Checkpoint
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
-from evomerge.sources.streamed import TaskVector
 from evomerge.sources.tokenizer import vocabulary
 from evomerge.sources.tying import embedding_of
 
 
-def merge_mergekit(path: Path, out: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, seed: int = 0) -> Path:
+def merge_mergekit(
+    path: Path,
+    out: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    seed: int = 0,
+    dtype: str | None = None,
+    say: Say = silent,
+) -> Path:
     """Merge the mergekit file `path` into the model folder `out`; returns `out`.
 
     Relative paths of models count from the working directory, as in mergekit; one that exists only beside
@@ -44,26 +52,32 @@ def merge_mergekit(path: Path, out: Path, *, max_shard_bytes: int = MAX_SHARD_BY
         out: does not exist, or is empty.
         max_shard_bytes: most bytes of tensors in one file.
         seed: of random masks, in [0, 2**32).
+        dtype: torch name of the dtype to write, in place of the file's.
+        say: told of every shard of the last document.
 
     Raises:
         ConfigError, RecipeError: what is wrong or not supported in the file, and where.
         SourceError: a model cannot be read, or does not fit the others.
         ExportError: `out` is in use, or the disk is too small.
     """
-    documents = read_mergekit(path)
+    *stages, last = read_mergekit(path)
+    if dtype is not None:
+        last = replace(last, dtype=dtype)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"`{out}` exists and is not an empty folder; remove it or choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.stages-", dir=out.parent))
+    scratch = out.with_name(f".{out.name}.stages")
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a merge that was killed
+    scratch.mkdir()
     card = (
         f"---\nlibrary_name: transformers\ntags:\n- merge\n- evomerge\n---\n\n# {out.name}\n\nA merge made "
     )
     card += f"with evomerge from a mergekit file.\n\n```yaml\n{path.read_text(encoding='utf-8')}```\n"
     try:
         run = _Run(path.parent, scratch, {}, seed)
-        for document in documents[:-1]:
+        for document in stages:
             run.stage(document)
-        return run.write(documents[-1], out, card, max_shard_bytes)
+        return run.write(last, out, card, max_shard_bytes, say)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -97,17 +111,22 @@ class _Run:
         folder: Path,
         card: str | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        say: Say = silent,
     ) -> Path:
         """Merge a document into `folder`."""
         sources, names = self._open(document)
         _check_tokens(document, sources)
+        ops = _ops(document, sources, names, self.seed)
         return write_model(
             folder,
-            _tensors(document, sources, names, self.seed),
+            planned(sources.base, document.dtype),
+            partial(_tensors, document, ops, sources),
             sources.folders[sources.base_name],
+            key=" ".join((*(op.digest for op in ops), sources.stamp())),
             max_shard_bytes=max_shard_bytes,
             card=card,
             dtype=document.dtype,
+            say=say,
         )
 
     def _open(self, document: Document) -> tuple[SourceSet, dict[ModelRef, str]]:
@@ -147,47 +166,21 @@ class _Run:
         return str(beside.resolve()) if not Path(text).exists() and beside.exists() else text
 
 
-@dataclass(frozen=True)
-class _Float32Sources:
-    """Sources whose base is read as float32, so that merged tensors are cast once, to the dtype written."""
-
-    sources: SourceSet
-
-    @property
-    def base_name(self) -> str:
-        return self.sources.base_name
-
-    def base_tensor(self, name: str) -> torch.Tensor:
-        tensor = self.sources.base_tensor(name)
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    def delta(self, model: str, name: str) -> torch.Tensor | None:
-        return self.sources.delta(model, name)
-
-    def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
-        return self.sources.streamed_delta(model, name, base)
-
-
 def _tensors(
-    document: Document, sources: SourceSet, names: Mapping[ModelRef, str], seed: int
+    document: Document, ops: Sequence[TensorOp], sources: SourceSet, names: Set[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Merged tensors in the dtype that the document asks for."""
-    merger = Merger(_Float32Sources(sources))
-    for op in _ops(document, sources, names, seed):
+    """The tensors in `names`, merged, in the dtype that the document asks for."""
+    merger = Merger(Float32Sources(sources))
+    for op in ops:
+        if op.tensor not in names:
+            continue
         copied = _copied(op, sources)
         if copied is None:
             ((_, tensor),) = merger.materialize(MergePlan(sources.base_name, (op,)))
         else:
             tensor = copied.read(op.tensor)
-        stored = sources.base_tensor(op.tensor).dtype
-        dtype = getattr(torch, document.dtype) if document.dtype and stored.is_floating_point else stored
-        cast = tensor.to(dtype)
-        if dtype == torch.float16 and not cast.isfinite().all():
-            raise RecipeError(
-                f"{document.where}, tensor `{op.tensor}`: it has values that float16 cannot hold; "
-                "set `out_dtype` to bfloat16 or float32"
-            )
-        yield op.tensor, cast
+        dtype = document.dtype or TORCH_DTYPES[sources.base.tensors[op.tensor].dtype]
+        yield op.tensor, cast(tensor, dtype, f"{document.where}, tensor `{op.tensor}`")
 
 
 def _ops(document: Document, sources: SourceSet, names: Mapping[ModelRef, str], seed: int) -> list[TensorOp]:

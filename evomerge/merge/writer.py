@@ -1,31 +1,35 @@
 """Write merged tensors as a model folder that transformers, vLLM and llama.cpp's converter load.
 
-The folder appears under its name only when it is whole: everything is written to a hidden sibling folder and
-renamed at the end. At most one shard is in memory.
+The folder appears under its name only when it is whole: everything is written to a hidden sibling folder,
+shard by shard, and renamed at the end. A merge that was killed or met a full disk goes on at its first
+missing shard when it is started again.
 
-Imports: `evomerge.errors`, `evomerge.sources`; torch only when tensors are written.
+Imports: `evomerge.errors`, `evomerge.sources`, `evomerge.merge.shards`; torch only when tensors are written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-
 from evomerge.errors import ExportError
-from evomerge.sources.checkpoint import INDEX, SINGLE, Checkpoint, read_json
+from evomerge.merge.shards import SAFETENSORS_DTYPES, WIDTHS, Entry, Shard, pack, write_shard
+from evomerge.sources.checkpoint import INDEX, Checkpoint, TensorInfo, read_json
 from evomerge.sources.tying import mergeable
 
 if TYPE_CHECKING:
     import torch
 
+    # names wanted -> name and tensor, in the checkpoint's order, drawn one at a time
+    Merge = Callable[[Set[str]], Iterator[tuple[str, torch.Tensor]]]
+
 MAX_SHARD_BYTES = 5_000_000_000
 SLACK_BYTES = 64 << 20  # for the tokenizer, which is tens of megabytes at most, and safetensors headers
-WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes per entry
+MANIFEST = "merge.json"  # in an unfinished folder: which merge it belongs to
 COPIED = (
     "config.json",
     "generation_config.json",
@@ -47,62 +51,127 @@ COPIED = (
 )
 
 
+Say = Callable[[str], None]
+
+
+def silent(message: str) -> None:
+    """Tell nobody."""
+
+
+def planned(base: Checkpoint, dtype: str | None = None) -> list[Entry]:
+    """What a merge of `base` writes: its tensors, the floating ones in torch's `dtype` (None: as stored)."""
+
+    def entry(name: str, info: TensorInfo) -> Entry:
+        if dtype is None or not info.floating:
+            return Entry(name, info.shape, info.dtype, info.nbytes)
+        return Entry(name, info.shape, SAFETENSORS_DTYPES[dtype], info.numel * WIDTHS[dtype])
+
+    return [entry(name, base.tensors[name]) for name in mergeable(base)]
+
+
 def write_model(
     folder: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    entries: Sequence[Entry],
+    merge: Merge,
     base_folder: Path,
     *,
+    key: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: str | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: str | None = None,
+    say: Say = silent,
 ) -> Path:
     """Write a model folder and return it.
 
     Args:
         folder: does not exist, or is empty.
-        tensors: name and tensor, any device and dtype, drawn one at a time; the order decides the shards.
+        entries: the tensors, in the order in which `merge` yields them.
+        merge: called once, with the names of the tensors that are still missing.
         base_folder: checkpoint whose config, tokenizer, chat template and licence are copied.
+        key: says what is merged; an unfinished folder with the same key and shards is gone on with.
         max_shard_bytes: most bytes of tensors in one file; a larger tensor gets a file of its own.
         card: text of README.md; None writes none.
         metadata: added to every safetensors header, beside `format: pt`.
         dtype: torch name of the tensors' dtype, when it is not the base's: config.json will say so.
+        say: told when a merge is gone on with, and of every shard that is written.
 
     Raises:
-        ExportError: `folder` is in use, the disk has not enough free space for a model of the base's size,
-            or writing fails; then nothing is left.
-        SourceError: `base_folder` is no checkpoint.
+        ExportError: `folder` is in use, the disk has not enough free space, or writing fails; then finished
+            shards are kept for the next try, and the message says where.
     """
-    base = Checkpoint(base_folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"`{folder}` exists and is not an empty folder; remove it or choose another name")
     partial = folder.with_name(f".{folder.name}.partial")
+    header = {"format": "pt", **(metadata or {})}
+    shards = pack(entries, max_shard_bytes)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # left by a write that was killed
-        _check_disk(folder, _bytes(base, dtype) + SLACK_BYTES)
-        partial.mkdir()
-        _write_tensors(partial, tensors, max_shard_bytes, {"format": "pt", **(metadata or {})})
+        missing = _begin(partial, shards, key, header)
+        if len(missing) < len(shards):
+            say(f"going on in {partial}: {len(shards) - len(missing)} of {len(shards)} shards are there")
+        _check_disk(folder, sum(shard.nbytes for shard in missing) + SLACK_BYTES)
+        tensors = merge({entry.name for shard in missing for entry in shard.entries})
+        for shard in missing:
+            write_shard(partial / shard.file, shard, tensors, header)
+            say(f"wrote {shard.file}")
         for source in _copied(base_folder):
             shutil.copyfile(source, partial / source.name)
         if dtype is not None:
             _state_dtype(partial / "config.json", dtype)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
+        if len(shards) > 1:
+            _write_index(partial / INDEX, shards)
+        (partial / MANIFEST).unlink()
         partial.replace(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        kept = _kept(partial, shards)
         raise ExportError(
-            f"`{folder}` cannot be written ({error}); free the disk or choose another place"
+            f"`{folder}` cannot be written ({error}); free the disk or choose another place{kept}"
         ) from error
-    finally:
+    except ExportError as error:
+        raise ExportError(f"{error}{_kept(partial, shards)}") from None
+    except KeyboardInterrupt:
+        _kept(partial, shards)
+        raise
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
     return folder
 
 
-def _bytes(base: Checkpoint, dtype: str | None) -> int:
-    """Size of a merge of `base`, its floating tensors in `dtype`; None: in their own."""
-    infos = [base.tensors[name] for name in mergeable(base)]
-    return sum(info.numel * WIDTHS[dtype] if dtype and info.floating else info.nbytes for info in infos)
+def _begin(partial: Path, shards: Sequence[Shard], key: str, header: Mapping[str, str]) -> list[Shard]:
+    """Make the unfinished folder, or take up the one that is there; returns the shards that it lacks."""
+    plan = [[shard.file, [[e.name, e.dtype, e.shape] for e in shard.entries]] for shard in shards]
+    digest = hashlib.sha256(json.dumps([key, dict(header), plan]).encode()).hexdigest()
+    manifest = partial / MANIFEST
+    if manifest.is_file() and manifest.read_text(encoding="utf-8") == digest:
+        return [shard for shard in shards if not (partial / shard.file).exists()]
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    manifest.write_text(digest, encoding="utf-8")
+    return list(shards)
+
+
+def _kept(partial: Path, shards: Sequence[Shard]) -> str:
+    """Drop an unfinished folder without a finished shard; otherwise say what is kept."""
+    for file in partial.glob("*.partial"):
+        file.unlink(missing_ok=True)
+    done = sum((partial / shard.file).exists() for shard in shards)
+    if not done:
+        shutil.rmtree(partial, ignore_errors=True)
+        return ""
+    return (
+        f". {done} of {len(shards)} shards are kept in `{partial}`: the same command goes on from there; "
+        "remove that folder to start anew"
+    )
+
+
+def _write_index(path: Path, shards: Sequence[Shard]) -> None:
+    weight_map = {entry.name: shard.file for shard in shards for entry in shard.entries}
+    total = sum(shard.nbytes for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _state_dtype(path: Path, dtype: str) -> None:
@@ -127,42 +196,3 @@ def _check_disk(folder: Path, needed: int) -> None:
 def _copied(base_folder: Path) -> list[Path]:
     files = {path for pattern in COPIED for path in base_folder.glob(pattern) if path.is_file()}
     return sorted(files)
-
-
-def _write_tensors(
-    folder: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    max_shard_bytes: int,
-    metadata: Mapping[str, str],
-) -> None:
-    """One `model.safetensors`, or numbered shards and their index: the count is known only at the end."""
-    shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    size = total = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            shards.append(_save(shard, folder / f"{len(shards)}.part", metadata))
-            shard.clear()
-            size = 0
-        shard[name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-    shards.append(_save(shard, folder / f"{len(shards)}.part", metadata))
-    if len(shards) == 1:
-        (folder / "0.part").rename(folder / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.part").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _save(shard: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> list[str]:
-    """Write one file and return the names in it."""
-    from safetensors.torch import save_file
-
-    save_file(shard, path, dict(metadata))
-    return list(shard)

@@ -124,6 +124,11 @@ class SourceSet:
         streamed = StreamedDelta(source, name, base)
         return streamed if streamed.any() else None
 
+    def stamp(self) -> str:
+        """Names, sizes and times of all tensor files: whether one was replaced, without reading it."""
+        files = [file for source in (self.base, *self.sources.values()) for file in source.files]
+        return " ".join(f"{file}:{(stat := file.stat()).st_size}:{stat.st_mtime_ns}" for file in files)
+
     def hashes(self) -> dict[str, str]:
         """SHA-256 by name, base first; reads every file once and remembers the result."""
         return {self.base_name: self.base.sha256(), **{n: s.sha256() for n, s in self.sources.items()}}

@@ -57,6 +57,27 @@ def test_the_card_shows_a_runs_outcome(family: SourceSet):
     )
 
 
+def test_a_wider_dtype_keeps_what_rounding_to_the_bases_would_lose(family: SourceSet, tmp_path: Path):
+    recipe = recipe_of("task_arithmetic", "math")
+    options = {"max_shard_bytes": 10**9, "dtype": "float32"}
+    out = export_model(tmp_path / "out", recipe, family, family.layout(), **options)
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected = family.base_tensor(name).float() + 0.5 * family.delta("math", name)
+    merged = weights_of(out)[name]
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-7)
+    assert Checkpoint(out).config["dtype"] == "float32"
+
+
+def test_a_merge_whose_source_was_replaced_does_not_go_on_with_old_shards(tmp_path: Path):
+    base = tiny_model(tmp_path / "base")
+    math = tiny_model(tmp_path / "math", seed=1, noise_from=base)
+    refs = {"math": SourceRef(model=str(math))}
+    before = SourceSet.open(SourceRef(model=str(base)), refs).stamp()
+    tiny_model(tmp_path / "math", seed=2, noise_from=base)
+    assert SourceSet.open(SourceRef(model=str(base)), refs).stamp() != before
+
+
 @pytest.fixture
 def mixed(tmp_path: Path) -> SourceSet:
     """A bfloat16 model whose norms are stored in float32."""

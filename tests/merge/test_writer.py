@@ -7,10 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import weakref
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from evomerge.errors import ExportError
+from evomerge.errors import ExportError, RecipeError
+from evomerge.merge.shards import SAFETENSORS_DTYPES, Entry
 from evomerge.merge.writer import write_model
 from evomerge.sources.checkpoint import Checkpoint
 from tests.tiny import tiny_model
@@ -31,14 +32,34 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("models") / "base", tied=False)
 
 
-def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+Rows = list[tuple[str, torch.Tensor]]
+
+
+def tensors_of(folder: Path) -> Rows:
     checkpoint = Checkpoint(folder)
-    for name in checkpoint.tensors:
-        yield name, checkpoint.read(name)
+    return [(name, checkpoint.read(name)) for name in checkpoint.tensors]
+
+
+def write(
+    folder: Path, rows: Rows, base: Path, during: Callable[[str], None] = lambda name: None, **options: Any
+) -> Path:
+    """`write_model` of tensors in memory; `during` is called when one is drawn."""
+
+    def merge(names: Set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in rows:
+            if name in names:
+                during(name)
+                yield name, tensor
+
+    entries = [
+        Entry(name, tuple(t.shape), SAFETENSORS_DTYPES[str(t.dtype).removeprefix("torch.")], t.nbytes)
+        for name, t in rows
+    ]
+    return write_model(folder, entries, merge, base, **{"key": "a merge", **options})
 
 
 def test_tensors_survive_bit_by_bit(base: Path, tmp_path: Path):
-    folder = write_model(tmp_path / "out", tensors_of(base), base)
+    folder = write(tmp_path / "out", tensors_of(base), base)
     written, expected = (load_file(path / "model.safetensors") for path in (folder, base))
     assert set(written) == set(expected)
     assert all(torch.equal(written[name], expected[name]) for name in expected)
@@ -47,14 +68,14 @@ def test_tensors_survive_bit_by_bit(base: Path, tmp_path: Path):
 
 def test_a_transposed_tensor_is_written_in_its_own_order(base: Path, tmp_path: Path):
     tensor = torch.arange(6.0).reshape(2, 3).T
-    folder = write_model(tmp_path / "out", [("a", tensor)], base)
+    folder = write(tmp_path / "out", [("a", tensor)], base)
     assert torch.equal(load_file(folder / "model.safetensors")["a"], tensor)
 
 
 def test_transformers_loads_the_folder_and_its_tokenizer(base: Path, tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = write_model(tmp_path / "out", tensors_of(base), base, max_shard_bytes=50_000)
+    folder = write(tmp_path / "out", tensors_of(base), base, max_shard_bytes=50_000)
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     assert torch.equal(model.lm_head.weight, load_file(base / "model.safetensors")["lm_head.weight"])
@@ -69,7 +90,7 @@ def test_files_beside_the_tensors_come_from_the_base(base: Path, tmp_path: Path)
     (source / "LICENSE").write_text("Apache-2.0")
     (source / "README.md").write_text("of the base")
     (source / "optimizer.pt").touch()
-    folder = write_model(tmp_path / "out", tensors_of(source), source, card="# Merged")
+    folder = write(tmp_path / "out", tensors_of(source), source, card="# Merged")
     assert sorted(path.name for path in folder.iterdir()) == [
         "LICENSE",
         "README.md",
@@ -85,14 +106,14 @@ def test_files_beside_the_tensors_come_from_the_base(base: Path, tmp_path: Path)
 
 
 def test_metadata_says_format_and_what_the_caller_adds(base: Path, tmp_path: Path):
-    folder = write_model(tmp_path / "out", tensors_of(base), base, metadata={"recipe": "9f3c2a"})
+    folder = write(tmp_path / "out", tensors_of(base), base, metadata={"recipe": "9f3c2a"})
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "recipe": "9f3c2a"}
 
 
 def test_shards_keep_their_limit_and_the_index_is_right(base: Path, tmp_path: Path):
     limit = 50_000
-    folder = write_model(tmp_path / "out", tensors_of(base), base, max_shard_bytes=limit)
+    folder = write(tmp_path / "out", tensors_of(base), base, max_shard_bytes=limit)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     count = len(files)
@@ -111,43 +132,55 @@ def test_shards_keep_their_limit_and_the_index_is_right(base: Path, tmp_path: Pa
 
 def test_shards_are_filled_up_to_their_limit(base: Path, tmp_path: Path):
     rows = [(f"t{number}", torch.zeros(10)) for number in range(7)]
-    folder = write_model(tmp_path / "out", rows, base, max_shard_bytes=3 * 40)
+    folder = write(tmp_path / "out", rows, base, max_shard_bytes=3 * 40)
     assert [len(load_file(file)) for file in sorted(folder.glob("*.safetensors"))] == [3, 3, 1]
 
 
 def test_a_tensor_above_the_limit_has_a_file_of_its_own(base: Path, tmp_path: Path):
     rows = [("a", torch.zeros(4)), ("b", torch.zeros(100)), ("c", torch.zeros(4))]
-    folder = write_model(tmp_path / "out", rows, base, max_shard_bytes=40)
+    folder = write(tmp_path / "out", rows, base, max_shard_bytes=40)
     assert [list(load_file(file)) for file in sorted(folder.glob("*.safetensors"))] == [["a"], ["b"], ["c"]]
 
 
-def test_at_most_one_shard_is_in_memory(base: Path, tmp_path: Path):
-    drawn: list[weakref.ref[np.ndarray]] = []
-    most = 0
+def test_tensors_are_aligned_to_their_width_whatever_the_order(base: Path, tmp_path: Path):
+    rows = [
+        ("half", torch.ones(3, dtype=torch.bfloat16)),
+        ("flag", torch.tensor([True])),
+        ("one", torch.ones(5)),
+    ]
+    folder = write(tmp_path / "out", rows, base)
+    infos = Checkpoint(folder).tensors
+    start = min(info.offset for info in infos.values())
+    assert start % 8 == 0
+    assert all((info.offset - start) % (info.nbytes // info.numel) == 0 for info in infos.values())
+    assert all(torch.equal(load_file(folder / "model.safetensors")[name], tensor) for name, tensor in rows)
 
-    def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal most
-        for number in range(12):
-            data = np.full(10, number, dtype=np.float32)  # lives as long as a tensor that shares its memory
-            drawn.append(weakref.ref(data))
-            most = max(most, sum(ref() is not None for ref in drawn))
-            yield f"t{number}", torch.from_numpy(data)
 
-    write_model(tmp_path / "out", stream(), base, max_shard_bytes=3 * 40)
-    assert most == 4  # a shard of three, and the tensor that does not fit any more
+def test_each_tensor_is_on_the_disk_before_the_next_is_drawn(base: Path, tmp_path: Path):
+    rows = [(f"t{number}", torch.full((100_000,), float(number))) for number in range(1, 5)]
+    found = []
+
+    def look(name: str) -> None:
+        (file,) = (tmp_path / ".out.partial").glob("*.partial")
+        found.append(
+            sum(np.uint32(t[0].numpy().view(np.uint32)).tobytes() in file.read_bytes() for _, t in rows)
+        )
+
+    write(tmp_path / "out", rows, base, during=look)
+    assert found == [0, 1, 2, 3]
 
 
 def test_an_existing_model_is_not_overwritten(base: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(ExportError, match="exists and is not an empty folder; remove it"):
-        write_model(tmp_path / "out", tensors_of(base), base)
+        write(tmp_path / "out", tensors_of(base), base)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
 def test_an_empty_folder_is_filled(base: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
-    assert (write_model(tmp_path / "out", tensors_of(base), base) / "config.json").exists()
+    assert (write(tmp_path / "out", tensors_of(base), base) / "config.json").exists()
 
 
 def test_a_full_disk_is_said_before_anything_is_merged(
@@ -155,47 +188,91 @@ def test_a_full_disk_is_said_before_anything_is_merged(
 ):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 1000, 1000))
     drawn: list[str] = []
-    rows = ((drawn.append(name), (name, tensor))[1] for name, tensor in tensors_of(base))
     with pytest.raises(ExportError, match=r"needs [\d,]+ bytes, but its disk has 1,000 bytes free") as caught:
-        write_model(tmp_path / "out", rows, base)
+        write(tmp_path / "out", tensors_of(base), base, during=drawn.append)
     needed = int(str(caught.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
     assert needed >= Checkpoint(base).bytes
     assert drawn == []
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-def test_a_write_that_stops_half_way_leaves_nothing(base: Path, tmp_path: Path, kind: type[BaseException]):
-    def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        for number, row in enumerate(tensors_of(base)):
-            if number == 10:
-                raise kind
-            yield row
+def stop_at(number: int, error: BaseException) -> Callable[[str], None]:
+    """Raises when the tensor of that number is drawn."""
+    drawn: list[str] = []
 
-    with pytest.raises(kind):
-        write_model(tmp_path / "out", stream(), base, max_shard_bytes=20_000)
+    def during(name: str) -> None:
+        drawn.append(name)
+        if len(drawn) == number:
+            raise error
+
+    return during
+
+
+FOUR = [(f"t{number}", torch.full((8,), float(number))) for number in range(4)]  # 32 bytes each
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), RecipeError("not finite")])
+def test_a_merge_that_fails_leaves_nothing(base: Path, tmp_path: Path, error: Exception):
+    with pytest.raises(type(error)):
+        write(tmp_path / "out", FOUR, base, during=stop_at(3, error), max_shard_bytes=32)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_write_leaves_no_target_and_the_next_one_succeeds(base: Path, tmp_path: Path):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_merge_that_is_stopped_goes_on_at_its_first_missing_shard(
+    base: Path, tmp_path: Path, error: BaseException
+):
+    with pytest.raises((KeyboardInterrupt, ExportError)):
+        write(tmp_path / "out", FOUR, base, during=stop_at(3, error), max_shard_bytes=32)
+    assert not (tmp_path / "out").exists()
+    drawn: list[str] = []
+    folder = write(tmp_path / "out", FOUR, base, during=drawn.append, max_shard_bytes=32)
+    assert drawn == ["t2", "t3"]
+    written = Checkpoint(folder)
+    assert all(torch.equal(written.read(name), tensor) for name, tensor in FOUR)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_says_what_is_kept(base: Path, tmp_path: Path):
+    full = OSError(28, "No space left on device")
+    with pytest.raises(ExportError, match=r"No space left .*2 of 4 shards are kept in `.*\.out\.partial`"):
+        write(tmp_path / "out", FOUR, base, during=stop_at(3, full), max_shard_bytes=32)
+
+
+def test_a_full_disk_before_the_first_shard_leaves_nothing(base: Path, tmp_path: Path):
+    with pytest.raises(ExportError, match=r"choose another place$"):
+        write(tmp_path / "out", FOUR, base, during=stop_at(1, OSError(28, "full")), max_shard_bytes=32)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [{"key": "another"}, {"max_shard_bytes": 64}, {"metadata": {"a": "b"}}])
+def test_shards_of_another_merge_are_not_used(base: Path, tmp_path: Path, change: dict[str, Any]):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", FOUR, base, during=stop_at(3, KeyboardInterrupt()), max_shard_bytes=32)
+    drawn: list[str] = []
+    write(tmp_path / "out", FOUR, base, during=drawn.append, **{"max_shard_bytes": 32, **change})
+    assert drawn == ["t0", "t1", "t2", "t3"]
+
+
+def test_a_killed_write_leaves_no_target_and_goes_on_at_its_first_missing_shard(base: Path, tmp_path: Path):
     code = (
-        "import os, signal, torch\n"
+        "import os, signal\n"
         "from pathlib import Path\n"
-        "from evomerge.merge.writer import write_model\n"
-        "def stream():\n"
-        "    yield 'a', torch.zeros(4)\n"
-        "    yield 'b', torch.zeros(4)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"write_model(Path({str(tmp_path / 'out')!r}), stream(), Path({str(base)!r}), max_shard_bytes=16)\n"
+        "from tests.merge.test_writer import FOUR, write\n"
+        "def during(name):\n"
+        "    if name == 't2': os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"write(Path({str(tmp_path / 'out')!r}), FOUR, Path({str(base)!r}), during, max_shard_bytes=32)\n"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    write_model(tmp_path / "out", tensors_of(base), base)
+    drawn: list[str] = []
+    write(tmp_path / "out", FOUR, base, during=drawn.append, max_shard_bytes=32)
+    assert drawn == ["t2", "t3"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert not list((tmp_path / "out").glob("*.part"))
+    assert not [path.name for path in (tmp_path / "out").iterdir() if "partial" in path.name]
 
 
 def test_a_place_that_cannot_be_written_is_an_export_error(base: Path, tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="cannot be written"):
-        write_model(tmp_path / "file" / "out", tensors_of(base), base)
+        write(tmp_path / "file" / "out", tensors_of(base), base)
