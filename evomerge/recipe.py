@@ -145,6 +145,7 @@ class MethodSpec:
         most = math.inf if self.max_models is None else self.max_models
         if not self.min_models <= count <= most:
             allowed = str(self.min_models) if self.min_models == most else f"{self.min_models} to {most}"
+            allowed = f"at least {self.min_models}" if self.max_models is None else allowed
             raise RecipeError(f"{where}: {self.name} has {count} models, but it merges {allowed}")
         models = {
             name: _complete(values, self.per_model, f"{where}, model `{name}`", self.name)

@@ -154,6 +154,24 @@ def weights(**values: float) -> dict[str, dict[str, float]]:
         (Setting("linear", {}, weights(x=2.0, y=2.0)), Setting("linear", {}, weights(x=0.5, y=0.5))),
         (Setting("slerp", {"t": 0.0}, {"x": {}}), BASE_COPY),
         (Setting("slerp", {"t": 1.0}, {"x": {}, "y": {}}), Setting("linear", {}, weights(y=3.0))),
+        (Setting("nuslerp", {}, weights(x=0.0, y=0.4)), Setting("linear", {}, weights(y=1.0))),
+        (Setting("nuslerp", {}, weights(x=2.0, y=2.0)), Setting("nuslerp", {}, weights(x=0.3, y=0.3))),
+        (
+            Setting("nuslerp", {"nuslerp_row_wise": True}, weights(x=1.0, y=2.0)),
+            Setting("nuslerp", {}, weights(x=1.0, y=2.0)),
+        ),
+        (Setting("multislerp", {}, weights(x=2.0, y=0.0)), Setting("linear", {}, weights(x=1.0))),
+        (
+            Setting("multislerp", {}, weights(x=2.0, y=0.0, z=2.0)),
+            Setting("multislerp", {}, weights(x=0.5, z=0.5)),
+        ),
+        (Setting("karcher", {"max_iter": 3.0}, {"x": {}}), Setting("linear", {}, weights(x=1.0))),
+        (Setting("nearswap", {"t": 0.0}, {"x": {}}), BASE_COPY),
+        (Setting("passthrough", {}, {"x": {}}), Setting("linear", {}, weights(x=0.5))),
+        (
+            Setting("passthrough", {}, {"x": {"scale": 0.5}}),
+            Setting("linear", {"normalize": False}, weights(x=0.5)),
+        ),
     ],
     ids=lambda setting: setting.method,
 )

@@ -107,9 +107,7 @@ SPEC = MethodSpec(
     name="multislerp",
     shared={
         TASK_VECTORS: FORM,
-        "normalize_weights": ParameterSpec(
-            kind="bool", default=True, doc="divide the weights by their sum"
-        ),
+        "normalize_weights": ParameterSpec(kind="bool", default=True, doc="divide the weights by their sum"),
         "eps": ParameterSpec(low=0.0, low_open=True, default=1e-8, doc="what is added to a length"),
     },
     per_model={"weight": WEIGHT},

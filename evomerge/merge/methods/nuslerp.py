@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 SMALLEST_SUM = 1e-6  # weights that sum to less than this in absolute value mean t = 0.5
 SMALLEST_NORM = 1e-7  # shorter vectors are divided by this
-PARALLEL = 1e-16  # 1 - cosine^2 up to here: interpolate on the line
+# 1 - cosine^2 up to here: interpolate on the line; rounding takes opposite vectors past mergekit's 1e-16
+PARALLEL = 1e-15
 
 
 def kernel(inputs: TensorInputs) -> Kernel:
