@@ -5,7 +5,8 @@ with knots interpolated over depth) times module groups. Every group has a weigh
 one of its methods knows them, a density, a `lambda` and so on, shared by the models of the group; with
 several methods the choice of method is a parameter too. Tensors outside the numbered layers form groups
 of their own (`outside: own`) or follow the first layer group (`outside: first`, which is how a mergekit
-gradient treats them).
+gradient treats them). A method that takes one or two models gets those of largest weight; where models have
+no weights (`karcher`, `model_stock`) those whose weight is above 0 take part.
 
 `SearchSpace` is what the YAML file says. `bind` fits it to one `Family` of models and gives a `BoundSpace`
 with `parameters`, `decode` and `encode`. Parameters that can change nothing (no model touches their

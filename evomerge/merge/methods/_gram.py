@@ -118,7 +118,7 @@ def _vector(origin: torch.Tensor | None, delta: torch.Tensor | None) -> torch.Te
 def combination(inputs: TensorInputs, split: Split, factors: torch.Tensor, *, whole: bool) -> Kernel:
     """sum_i f_i theta_i (`whole`), or base + sum_i f_i delta_i; `factors` `(N, split.count)` float64."""
     if split.count == 1:
-        return _combination(inputs, factors[:, 0].tolist(), whole)
+        return flat_combination(inputs, factors[:, 0].tolist(), whole=whole)
     rows, total = factors.to(inputs.dtype), factors.sum(0).to(inputs.dtype)
 
     def run(low: int, high: int, out: torch.Tensor) -> None:
@@ -132,7 +132,8 @@ def combination(inputs: TensorInputs, split: Split, factors: torch.Tensor, *, wh
     return run
 
 
-def _combination(inputs: TensorInputs, factors: list[float], whole: bool) -> Kernel:
+def flat_combination(inputs: TensorInputs, factors: list[float], *, whole: bool) -> Kernel:
+    """`combination` with one factor per model."""
     total = math.fsum(factors)
     terms = [(f, d) for f, d in zip(factors, inputs.deltas, strict=True) if d is not None and f != 0.0]
 
@@ -143,11 +144,6 @@ def _combination(inputs: TensorInputs, factors: list[float], whole: bool) -> Ker
             out.add_(delta[low:high], alpha=factor)
 
     return run
-
-
-def flat_combination(inputs: TensorInputs, factors: list[float], *, whole: bool) -> Kernel:
-    """`combination` with one factor per model."""
-    return _combination(inputs, factors, whole)
 
 
 def flat_gram(inputs: TensorInputs, *, whole: bool) -> list[list[float]]:

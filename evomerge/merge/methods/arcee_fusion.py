@@ -42,7 +42,8 @@ def kernel(inputs: TensorInputs) -> Kernel:
     KL(row) = sum_j p_j log(p_j / q_j), with p and q the softmax of the row of the model and of the base,
     each + 1e-8; rows run along the last dimension. Quantiles are the entries at int(q (n - 1)) of the
     sorted products. They are exact here for any n; above 1e6 entries mergekit takes them from a random
-    sample, so that the two differ near the threshold. One number per row is remembered.
+    sample, so that the two differ near the threshold. One number per row is remembered; the
+    threshold is found once, with all products of the tensor in memory.
     """
     import torch
 
