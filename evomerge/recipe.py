@@ -74,7 +74,8 @@ BASE_COPY = Setting("task_arithmetic")  # no model takes part: the cell keeps th
 class ParameterSpec:
     """One parameter of a method: its closed range (`low_open` excludes `low`), default and meaning.
 
-    `default` None means that the parameter is required; `kind` "bool" ignores the range.
+    `default` None means that the parameter is required; `kind` is "float", "int" (a whole number) or
+    "bool", which ignores the range.
     """
 
     low: float = -math.inf
@@ -92,6 +93,8 @@ class ParameterSpec:
             return
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise RecipeError(f"{where}: {name} is {value!r}, but it must be a finite number")
+        if self.kind == "int" and value != int(value):
+            raise RecipeError(f"{where}: {name} is {value!r}, but it must be a whole number")
         below = value <= self.low if self.low_open else value < self.low
         if below or value > self.high:
             left = "(" if self.low_open or math.isinf(self.low) else "["
@@ -142,6 +145,7 @@ class MethodSpec:
         most = math.inf if self.max_models is None else self.max_models
         if not self.min_models <= count <= most:
             allowed = str(self.min_models) if self.min_models == most else f"{self.min_models} to {most}"
+            allowed = f"at least {self.min_models}" if self.max_models is None else allowed
             raise RecipeError(f"{where}: {self.name} has {count} models, but it merges {allowed}")
         models = {
             name: _complete(values, self.per_model, f"{where}, model `{name}`", self.name)

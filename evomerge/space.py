@@ -5,7 +5,8 @@ with knots interpolated over depth) times module groups. Every group has a weigh
 one of its methods knows them, a density, a `lambda` and so on, shared by the models of the group; with
 several methods the choice of method is a parameter too. Tensors outside the numbered layers form groups
 of their own (`outside: own`) or follow the first layer group (`outside: first`, which is how a mergekit
-gradient treats them).
+gradient treats them). A method that takes one or two models gets those of largest weight; where models have
+no weights (`karcher`, `model_stock`) those whose weight is above 0 take part.
 
 `SearchSpace` is what the YAML file says. `bind` fits it to one `Family` of models and gives a `BoundSpace`
 with `parameters`, `decode` and `encode`. Parameters that can change nothing (no model touches their
@@ -348,6 +349,10 @@ class BoundSpace:
         shared = {key: given[key] for key in given if key in spec.shared}
         if WEIGHT not in spec.per_model and spec.max_models == 2:
             weights, shared["t"] = _heaviest_two(weights, str(cell))
+        elif spec.max_models is not None:
+            weights = _heaviest(weights, spec.max_models)
+        elif WEIGHT not in spec.per_model:  # all models count alike, so a weight only says who takes part
+            weights = {model: weight for model, weight in weights.items() if weight > 0.0}
         per_model = {
             model: {
                 key: weight if key == WEIGHT else given[key]
@@ -407,14 +412,20 @@ class BoundSpace:
 
 def _heaviest_two(weights: Mapping[str, float], where: str) -> tuple[dict[str, float], float]:
     """The two models of largest weight, in their order, and the share of the second (slerp's t)."""
-    chosen = sorted(sorted(weights, key=lambda name: -weights[name])[:2], key=list(weights).index)
-    total = sum(weights[name] for name in chosen)
-    if len(chosen) < 2 or min(weights[name] for name in chosen) < 0 or total <= 0:
+    chosen = _heaviest(weights, 2)
+    total = sum(chosen.values())
+    if len(chosen) < 2 or min(chosen.values()) < 0 or total <= 0:
         raise RecipeError(
             f"{where}: slerp needs two models with weights of at least 0 and a sum above 0, "
             f"but the largest are {weights}; raise `low` of `weight`, or use another method"
         )
-    return {name: weights[name] for name in chosen}, rounded(weights[chosen[1]] / total)
+    return chosen, rounded(list(chosen.values())[1] / total)
+
+
+def _heaviest(weights: Mapping[str, float], count: int) -> dict[str, float]:
+    """The models of largest weight, in their order."""
+    chosen = sorted(weights, key=lambda name: -weights[name])[:count]
+    return {name: weights[name] for name in weights if name in chosen}
 
 
 def _weight(setting: Setting, model: str) -> float:
@@ -423,6 +434,8 @@ def _weight(setting: Setting, model: str) -> float:
         return 0.0
     if WEIGHT in values:
         return float(values[WEIGHT])
+    if setting.method != "slerp":
+        return 1.0
     t = float(setting.parameters.get("t", 1.0))
     first = next(iter(setting.models)) == model and len(setting.models) == 2
     return 1 - t if first else t

@@ -132,6 +132,27 @@ def test_slerp_without_weights_is_infeasible():
 
 
 @pytest.mark.parametrize(
+    ("method", "models"),
+    [
+        ("nuslerp", ["math", "code"]),
+        ("nearswap", ["code"]),
+        ("multislerp", ["math", "code", "chat"]),
+        ("karcher", ["math", "code"]),  # without weights of its own: those above 0 take part
+    ],
+)
+def test_the_models_that_take_part_in_a_method(method: str, models: list[str]):
+    bound = space(methods=[method], constants={"t": 0.01} if method == "nearswap" else {}).bind(family())
+    params = {"all.math.weight": 0.4, "all.code.weight": 0.9, "all.chat.weight": -0.1}
+    assert list(bound.decode(params).setting(Cell(0, "mlp")).models) == models
+
+
+def test_models_of_a_method_without_weights_are_read_back_as_taking_part():
+    bound = space(methods=["karcher"]).bind(family())
+    params = {"all.math.weight": 0.4, "all.code.weight": 0.9, "all.chat.weight": -0.1}
+    assert bound.decode(bound.encode(bound.decode(params))) == bound.decode(params)
+
+
+@pytest.mark.parametrize(
     ("coarse", "fine"),
     [("global", "modules"), ("modules", "blocks"), ("ties", "ties_modules"), ("ties_modules", "ties_blocks")],
 )

@@ -6,7 +6,7 @@ that owns it or from the base: 0 * x + 1 * y is y, bit by bit.
 
 A filter is a substring of tensor names and the first match in a list wins.
 
-Imports: `recipe`, `sources`; never torch.
+Imports: `merge.methods`, `recipe`, `sources`; never torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from evomerge.errors import ExportError
 from evomerge.export.recipe_file import dump_yaml
+from evomerge.merge.methods._gram import TASK_VECTORS
 from evomerge.recipe import BASE_COPY, Cell, MethodSpec, Recipe, Setting
 from evomerge.sources.layout import LAYER, Layout
 from evomerge.sources.reference import commit_of, looks_like_path
@@ -23,7 +24,8 @@ from evomerge.sources.source_set import SourceSet
 
 Value = float | bool
 Place = str | dict[str, Any]  # mergekit's model reference: a text, or a mapping where the text is ambiguous
-Kind = tuple[str, ...]  # a method, and its models where one document can name only these
+# a method, the source to name as `base_model` ("" for none), its models where a document can name only these
+Kind = tuple[str, ...]
 
 
 def mergekit_documents(
@@ -50,17 +52,18 @@ def mergekit_documents(
     kinds: dict[Kind, list[Cell]] = {}
     for cell, setting in settings.items():
         if setting != BASE_COPY:
-            kinds.setdefault(_kind(setting, specs), []).append(cell)
+            kinds.setdefault(_kind(setting, specs, recipe.base), []).append(cell)
     for method, *_ in kinds:
         if specs[method].mergekit is None:
             raise ExportError(
                 f"mergekit 0.1.5 has no method `{method}`; merge with `evomerge merge recipe.yaml` instead"
             )
     if not kinds:
-        kinds[("linear",)] = []
+        kinds[("linear", recipe.base)] = []
     kept = sum(map(len, kinds.values())) < len(settings)
-    if len(kinds) == 1 and (not kept or _can_keep_base(next(iter(kinds)), specs)):
-        document = _document(next(iter(kinds)), settings, recipe, layout, specs, places)
+    kind = next(iter(kinds))
+    if len(kinds) == 1 and _has_config(kind) and (not kept or _can_keep_base(kind, specs)):
+        document = _document(kind, settings, recipe, layout, specs, places)
         return [{**document, "dtype": "float32", "out_dtype": out_dtype}]
     _check_places([recipe.base, *(m for setting in settings.values() for m in setting.models)], places)
     documents = []
@@ -93,6 +96,11 @@ def mergekit_text(
     if is_random(documents, specs):
         lines.append("Random masks: mergekit draws other masks than evomerge, so the weights will differ.")
         lines.append("`evomerge merge recipe.yaml OUT` gives the weights that were scored.")
+    if any(document["merge_method"] == "arcee_fusion" for document in documents):
+        lines.append("arcee_fusion: in tensors of more than 1e6 entries mergekit draws a sample to find the")
+        lines.append(
+            "threshold, so a few weights will differ from those of `evomerge merge recipe.yaml OUT`."
+        )
     head = "".join(f"# {line}\n" for line in (*lines, *notes))
     return head + "---\n".join(dump_yaml(document) for document in documents)
 
@@ -148,17 +156,39 @@ def _complete(setting: Setting, cell: Cell, specs: Mapping[str, MethodSpec]) -> 
     return specs[setting.method].complete(setting, str(cell)) if setting.models else BASE_COPY
 
 
-def _kind(setting: Setting, specs: Mapping[str, MethodSpec]) -> Kind:
+def _kind(setting: Setting, specs: Mapping[str, MethodSpec], base: str) -> Kind:
     """Settings of one kind fit one document; a weight of 0 takes a model out, where there are weights."""
     spec = specs[setting.method]
     free = "weight" in spec.per_model and spec.max_models is None
-    return (setting.method,) if free else (setting.method, *setting.models)
+    # not normalised, multislerp copies a model that is alone but scales one among others of weight 0
+    alone = setting.parameters.get("normalize_weights") is False
+    role = _base_model(setting, base)
+    return (setting.method, role) if free and not alone else (setting.method, role, *setting.models)
+
+
+def _base_model(setting: Setting, base: str) -> str:
+    """The source that a document must name as `base_model` to mean this setting; "" for none."""
+    first = next(iter(setting.models))
+    if setting.method == "passthrough" or not setting.parameters.get(TASK_VECTORS, True):
+        return ""  # mergekit would take it for an input, or merge differences from it
+    if setting.method == "slerp" and len(setting.models) == 2:
+        return first
+    if setting.method == "karcher" and base not in setting.models:
+        return first  # a base that is not listed would join the mean
+    return base
+
+
+def _has_config(kind: Kind) -> bool:
+    """Whether it is certain whose config and tokenizer mergekit takes for a document of this kind."""
+    _, role, *models = kind
+    return role != "" or len(models) == 1
 
 
 def _can_keep_base(kind: Kind, specs: Mapping[str, MethodSpec]) -> bool:
     """Whether some setting of the kind gives the base: weights of 0, or t = 0 on the way from the base."""
-    method, *models = kind
-    return method == "linear" or specs[method].min_models == 0 or (method == "slerp" and len(models) == 1)
+    method, _, *models = kind
+    from_base = method == "nearswap" or (method == "slerp" and len(models) == 1)
+    return method == "linear" or specs[method].min_models == 0 or from_base
 
 
 def _document(
@@ -170,9 +200,8 @@ def _document(
     places: Mapping[str, Place],
 ) -> dict[str, Any]:
     """One document over the whole model; `BASE_COPY` cells keep the base's tensors."""
-    method, *models = kind
+    method, role, *models = kind
     spec = specs[method]
-    base = models[0] if method == "slerp" and len(models) == 2 else recipe.base
     if not models:
         models = [m for m in recipe.models if any(m in s.models for s in settings.values())]
         if method == "linear":  # where the base is an input like the others and needs a weight
@@ -189,8 +218,10 @@ def _document(
     shared = {
         key: _filters({c: _shared(s, key) for c, s in settings.items()}, layout, default.default)
         for key, default in spec.shared.items()
+        if key != TASK_VECTORS
     }
-    document = {"merge_method": spec.mergekit, "base_model": places[base], "models": rows}
+    base = {"base_model": places[role]} if role else {}
+    document = {"merge_method": spec.mergekit, **base, "models": rows}
     return {**document, **({"parameters": shared} if shared else {})}
 
 

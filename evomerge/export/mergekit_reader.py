@@ -26,6 +26,7 @@ import yaml
 
 from evomerge.errors import ConfigError, RecipeError
 from evomerge.merge.methods import METHODS, SPECS
+from evomerge.merge.methods._gram import TASK_VECTORS
 from evomerge.recipe import MethodSpec, Setting
 from evomerge.yamlfile import _Loader, suggestion
 
@@ -36,7 +37,8 @@ UNSUPPORTED = ("slices", "modules", "chat_template")  # mergekit has them, evome
 TOKENIZER = ("tokenizer_source", "tokenizer")  # supported where they ask for the base's
 IGNORED = ("int8_mask",)  # saves memory in mergekit; the result is the same
 DTYPES = ("float32", "bfloat16", "float16")
-BASE_AS_INPUT = ("linear", "slerp")  # methods that merge whole models, where the base is one of them
+# methods that merge whole models, where the base is one of them
+BASE_AS_INPUT = ("linear", "slerp", "karcher", "passthrough")
 
 
 class ModelRef(NamedTuple):
@@ -119,6 +121,8 @@ class Document:
             for ref, own in self.models
         }
         shared = _values(self.spec.shared, (self.parameters,), tensor, t)
+        if TASK_VECTORS in self.spec.shared:
+            shared[TASK_VECTORS] = self.base is not None
         where = f"{self.where}, tensor `{tensor}`"
         return self.spec.complete(Setting(self.spec.name, shared, models), where)
 
@@ -205,9 +209,8 @@ def _document(data: Mapping[str, Any], where: str) -> Document:
     if not isinstance(rows, list) or not rows:
         raise RecipeError(f"{where}: `models` is {rows!r}, but it must be a list of models; add them")
     models = [_model(row, spec, f"{where}: `models[{number}]`") for number, row in enumerate(rows)]
-    parameters = _parameters(
-        data.get("parameters"), (*spec.per_model, *spec.shared), f"{where}: `parameters`"
-    )
+    known = [name for name in (*spec.per_model, *spec.shared) if name != TASK_VECTORS]
+    parameters = _parameters(data.get("parameters"), known, f"{where}: `parameters`")
     for number, (ref, _) in enumerate(models):
         if ref in [earlier for earlier, _ in models[:number]]:
             raise RecipeError(f"{where}: `models[{number}]` is `{ref}` again; name every model once")
@@ -309,7 +312,8 @@ def _inputs(
     parameters: Parameters,
 ) -> tuple[tuple[ModelRef, Parameters], ...]:
     """The models that take part, in mergekit's order and with mergekit's roles of the base."""
-    if base is None and spec.name != "linear":
+    needs_base = spec.name == "slerp" or spec.name not in BASE_AS_INPUT
+    if base is None and needs_base and TASK_VECTORS not in spec.shared:
         raise RecipeError(f"{where}: `base_model` is missing, and {spec.name} needs one; add it")
     if METHODS[spec.name].takes_base and spec.name not in BASE_AS_INPUT:
         raise RecipeError(f"{where}: `merge_method: {spec.mergekit}` cannot be read yet; merge with mergekit")
@@ -320,10 +324,14 @@ def _inputs(
                 f"{where}: slerp has {len(others)} models beside `base_model`, but it needs exactly one"
             )
         return ((base, {}), *others)
-    if spec.name != "linear":
+    if spec.name not in BASE_AS_INPUT:
         return tuple(others)
     if base is not None and len(others) == len(models):
-        if "weight" not in parameters:
+        if spec.name == "passthrough":
+            raise RecipeError(
+                f"{where}: `base_model` is not the model of passthrough, and would be a second one; remove it"
+            )
+        if "weight" in spec.per_model and "weight" not in parameters:
             raise RecipeError(
                 f"{where}: `base_model` is not one of `models`, and linear averages it like the others; add "
                 "it to `models` with a weight, or remove `base_model`"

@@ -56,6 +56,19 @@ def ties(density: float, **weights: float) -> Setting:
     return Setting("ties", {"lambda": 0.9}, sparse(density, **weights))
 
 
+def multislerp(whole: bool = False, **weights: float) -> Setting:
+    return Setting("multislerp", {"task_vectors": not whole}, weighted(**weights))
+
+
+def nuslerp(whole: bool = False, flatten: bool = True, columns: bool = False) -> Setting:
+    shared = {"task_vectors": not whole, "nuslerp_flatten": flatten, "nuslerp_row_wise": columns}
+    return Setting("nuslerp", shared, weighted(math=0.6, far=1.1))
+
+
+def unweighted(method: str, *models: str, **shared: float) -> Setting:
+    return Setting(method, shared, {model: {} for model in models})
+
+
 def everywhere(layers: int, setting: Setting) -> Cells:
     return {
         **spread(layers, ATTENTION, MLP, NORM, make=lambda _: setting),
@@ -144,6 +157,52 @@ EXACT_CASES = {
     "exact_ties": Case(everywhere(3, ties(0.4, math=1.0, code=0.7, far=0.3)), bits=False),
     "exact_slerp_and_copies": Case(
         spread(3, MLP, make=lambda i: slerp(0.3 + 0.25 * i, "math", "far")), documents=2, bits=False
+    ),
+    "exact_nuslerp_of_task_vectors": Case(
+        {
+            **everywhere(3, nuslerp()),
+            **spread(3, ATTENTION, make=lambda i: nuslerp(flatten=False)),
+            **spread(3, MLP, make=lambda i: nuslerp(flatten=False, columns=True)),
+        },
+        bits=False,
+    ),
+    # without `base_model` mergekit takes the config of any of the models, so a second document names the base
+    "exact_nuslerp_of_models": Case(everywhere(3, nuslerp(whole=True)), documents=2, bits=False),
+    "exact_multislerp_of_task_vectors": Case(
+        {
+            **everywhere(3, multislerp(math=1.0, code=0.5, far=0.25)),
+            **spread(3, MLP, make=lambda i: multislerp(math=0.1 * i, far=0.4)),
+        },
+        bits=False,
+    ),
+    "exact_multislerp_of_models_and_karcher": Case(
+        {
+            **spread(3, ATTENTION, make=lambda i: multislerp(whole=True, math=1.0, code=0.1 * i, far=0.3)),
+            **spread(3, MLP, make=lambda i: unweighted("karcher", "math", "code", "far")),
+            EMBEDDING: unweighted("karcher", "math", "base", max_iter=20),
+        },
+        documents=4,
+        bits=False,
+    ),
+    "exact_model_stock": Case(
+        {
+            **everywhere(3, unweighted("model_stock", "math", "code", "far")),
+            **spread(
+                3, MLP, make=lambda i: unweighted("model_stock", "math", "code", "far", filter_wise=True)
+            ),
+        },
+        bits=False,
+    ),
+    "exact_nearswap": Case(
+        spread(3, ATTENTION, MLP, make=lambda i: unweighted("nearswap", "far", t=0.01 * (i + 1)))
+    ),
+    "exact_fusion_and_passthrough": Case(
+        {
+            **spread(3, ATTENTION, MLP, make=lambda i: unweighted("arcee_fusion", "far")),
+            **spread(3, NORM, make=lambda i: Setting("passthrough", {}, {"math": {"scale": 1.1 - 0.3 * i}})),
+            EMBEDDING: Setting("passthrough", {}, {"base": {"scale": 0.7}}),
+        },
+        documents=4,
     ),
 }
 DARE = {
@@ -295,6 +354,17 @@ def test_dare_says_that_masks_differ_and_agrees_where_nothing_is_dropped(
     assert "Random masks" in outcome.text.split("merge_method")[0]
     dense = [t for c, names in family.layout().by_cell.items() if c.module != MLP for t in names]
     assert all(torch.equal(outcome.mergekit[name], outcome.ours[name]) for name in dense)
+
+
+def test_fusion_says_that_mergekit_samples_large_tensors(outcomes: dict[str, Outcome]):
+    assert "draws a sample" in outcomes["exact_fusion_and_passthrough"].text.split("merge_method")[0]
+    assert "sample" not in outcomes["ties"].text
+
+
+def test_models_merged_without_a_base_still_have_its_config(outcomes: dict[str, Outcome]):
+    first, last = yaml.safe_load_all(outcomes["exact_nuslerp_of_models"].text)
+    assert "base_model" not in first
+    assert last["base_model"].endswith("base")
 
 
 def test_a_method_without_masks_does_not_speak_of_them(outcomes: dict[str, Outcome]):

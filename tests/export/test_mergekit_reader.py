@@ -69,6 +69,45 @@ models:
 dtype: float32
 out_dtype: float32
 """
+# What `base_model` means differs: left out, listed, and one more input of the mean.
+ROLES_OF_THE_BASE = """
+merge_method: linear
+base_model: {base}
+models:
+- {{model: one, parameters: {{weight: [{{filter: q_proj, value: 1.0}}, {{value: 0.0}}]}}}}
+- {{model: two, parameters: {{weight: [{{filter: k_proj, value: 1.0}}, {{value: 0.0}}]}}}}
+- {{model: three, parameters: {{weight: [{{filter: mlp, value: 1.0}}, {{value: 0.0}}]}}}}
+- {{model: four, parameters: {{weight: [{{filter: embed, value: 1.0}}, {{value: 0.0}}]}}}}
+- {{model: {base}, parameters: {{weight: 0.0}}}}
+parameters: {{normalize: false}}
+dtype: float32
+---
+name: one
+merge_method: nuslerp
+models: [{{model: {math}}}, {{model: {far}}}]
+parameters: {{weight: [0.1, 0.8]}}
+dtype: float32
+---
+name: two
+merge_method: multislerp
+base_model: {base}
+models: [{{model: {base}}}, {{model: {math}}}, {{model: {far}}}]
+parameters: {{weight: 1.0, eps: 1.0e-08}}
+dtype: float32
+---
+name: three
+merge_method: karcher
+base_model: {base}
+models: [{{model: {math}}}, {{model: {far}}}]
+parameters: {{max_iter: 5}}
+dtype: float32
+---
+name: four
+merge_method: passthrough
+base_model: {math}
+models: [{{model: {math}, parameters: {{scale: 0.5}}}}]
+dtype: float32
+"""
 ADAPTER_ON_AN_EXPERT = """
 merge_method: linear
 models:
@@ -99,6 +138,7 @@ dtype: float32
 """
 COMMAND = {
     "stages": "mergekit-multi file.yaml -I $PWD/STAGES --out-path OUT",
+    "roles": "mergekit-multi file.yaml -I $PWD/STAGES --out-path OUT",
     "other": "mergekit-yaml file.yaml OUT --lora-merge-cache CACHE --lora-merge-dtype float32",
 }
 
@@ -129,6 +169,7 @@ def pairs(
     files = {
         "gradients": (GRADIENTS_AND_FILTERS, exact_family),
         "stages": (STAGES, exact_family),
+        "roles": (ROLES_OF_THE_BASE, exact_family),
         "adapter": (ADAPTER_ON_AN_EXPERT, family),
         "adapted_base": (ADAPTED_BASE, family),
         "one_layer": (ONE_LAYER, one_layer),
@@ -142,7 +183,7 @@ def pairs(
     return {name: (home / name / "OUT", home / name / "ours") for name in files}
 
 
-@pytest.mark.parametrize("name", ["gradients", "stages", "adapter", "adapted_base", "one_layer"])
+@pytest.mark.parametrize("name", ["gradients", "stages", "roles", "adapter", "adapted_base", "one_layer"])
 def test_weights_are_mergekits(pairs: dict[str, tuple[Path, Path]], name: str):
     theirs, ours = map(weights_of, pairs[name])
     assert set(theirs) == set(ours)
@@ -349,6 +390,15 @@ NAMED = "merge_method: linear\nmodels: [{model: %s, parameters: {weight: 1}}]\n"
             "slerp has 2 models beside",
         ),
         ("merge_method: linear\nbase_model: b\n" + MODEL, "`base_model` is not one of `models`"),
+        ("merge_method: nearswap\nmodels: [{model: m}]\n", "`base_model` is missing, and nearswap needs one"),
+        (
+            "merge_method: passthrough\nbase_model: b\nmodels: [{model: m}]\n",
+            "`base_model` is not the model of passthrough.*remove it",
+        ),
+        (
+            "merge_method: nuslerp\nbase_model: b\n" + MODEL + "parameters: {task_vectors: false}\n",
+            "unknown parameter `task_vectors`",
+        ),
         (f"name: a\n{NAMED % 'b'}---\nname: b\n{NAMED % 'a'}---\n{NAMED % 'a'}", "uses itself"),
         (f"name: a\n{NAMED % 'x'}---\n{NAMED % 'y'}", "document 1: the result does not use `a`"),
         (f"name: a\n{NAMED % 'x'}---\nname: b\n{NAMED % 'a'}", "every document has a `name`"),

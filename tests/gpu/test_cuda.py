@@ -34,8 +34,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> SourceSet:
 
 def recipe(sources: SourceSet, method: str) -> Recipe:
     family = family_of(sources, sources.layout())
-    values = {"weight": 0.6} | ({"density": 0.5} if "density" in SPECS[method].per_model else {})
-    setting = Setting(method, {}, {name: values for name in sources.models})
+    usual = {"weight": 0.6, "density": 0.5}
+    values = {key: usual[key] for key in SPECS[method].per_model if key in usual}
+    shared = {"t": 0.01} if "t" in SPECS[method].shared else {}
+    models = sources.models[: SPECS[method].max_models]
+    setting = Setting(method, shared, {name: values for name in models})
     return family.recipe(dict.fromkeys(family.layout.by_cell, setting))
 
 
@@ -43,7 +46,7 @@ def test_masks_are_those_of_the_cpu():
     assert torch.equal(keep_mask(7, 0.3, 100_003, device="cuda").cpu(), keep_mask(7, 0.3, 100_003))
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("method", SPECS)
 def test_the_device_merges_what_the_cpu_merges(sources: SourceSet, method: str):
     plan = MergePlan.compile(recipe(sources, method), sources.layout(), SPECS)
     on_cpu = dict(Merger(sources).materialize(plan))

@@ -26,8 +26,8 @@ def golden_cases(*methods: str) -> list[Any]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test marked `goldens("name", ...)` runs once per case, as its argument `case`."""
-    if marker := metafunc.definition.get_closest_marker("goldens"):
-        metafunc.parametrize("case", golden_cases(*marker.args))
+    if markers := list(metafunc.definition.iter_markers("goldens")):
+        metafunc.parametrize("case", golden_cases(*(name for marker in markers for name in marker.args)))
 
 
 def pytest_configure(config: pytest.Config) -> None:

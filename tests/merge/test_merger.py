@@ -156,6 +156,24 @@ def test_merged_tensors_equal_the_definition(name):
         np.testing.assert_allclose(merged[op.tensor].double().numpy(), expected, rtol=0, atol=1e-6)
 
 
+def test_a_scaled_copy_scales_tensors_that_the_model_does_not_change():
+    sources, norm = MemorySources(), "model.layers.0.input_layernorm.weight"
+    setting = Setting("passthrough", {}, {"chat": {"scale": 0.5}})
+    merged = dict(Merger(sources).materialize(plan_of(setting, sources)))
+    assert torch.equal(merged[norm], 0.5 * sources.base[norm])
+
+
+def test_the_base_may_be_one_of_the_models_of_a_karcher_mean():
+    """Of two vectors it is the middle of the arc: the mean of the directions."""
+    sources = MemorySources(torch.float32)
+    setting = Setting("karcher", {}, {"base": {}, "math": {}})
+    merged = dict(Merger(sources).materialize(plan_of(setting, sources)))[UP].double()
+    a, b = sources.base[UP].double(), sources.tuned["math", UP].double()
+    middle = a / a.norm() + b / b.norm()
+    expected = middle / middle.norm() * (a.norm() + b.norm()) / 2
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_bfloat16_is_rounded_once_from_the_float32_merge(name):
     """Widening the checkpoint first and rounding the merge at the end gives the same bits."""

@@ -22,10 +22,14 @@ def golden_setting(case: dict, names: list[str]) -> Setting:
     parameters = {key: value for key, value in case["params"].items() if key != "int8_mask"}
     columns = case["per_model"]
     models = {name: {key: columns[key][i] for key in columns} for i, name in enumerate(names)}
+    if "task_vectors" in SPECS[case["method"]].shared:
+        parameters["task_vectors"] = case["inputs"]["base"] is not None
     return Setting(case["method"], parameters, models)
 
 
 @pytest.mark.goldens("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+@pytest.mark.goldens("nuslerp", "multislerp", "karcher", "model_stock")
+@pytest.mark.goldens("nearswap", "arcee_fusion", "passthrough")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_methods_agree_with_mergekit(case, dtype, merge):
     """Dyadic inputs: task vectors are exact, so the tolerance is that of the merge alone."""
@@ -61,15 +65,20 @@ def random_setting(name: str, rng: random.Random) -> Setting:
         "density": [1.0, 1.0, 0.5, round(rng.uniform(0.05, 1), 3)],
         "lambda": [0.0, 1.0, 1.0, 0.7, -1.2, rng.uniform(0, 2)],
         "t": [0.0, 1.0, rng.uniform(0, 1), rng.uniform(-0.2, 1.2)],
-        "normalize": [False, True],
-        "rescale": [False, True],
+        "scale": [0.0, 1.0, -0.5, rng.uniform(0, 2)],
+        "max_iter": [0, 1, 10, 10.0],
+        "tol": [1e-5, 1e-9],
+        "eps": [1e-8, 0.1],
     }
     positive = rng.random() < 0.5
 
     def draw(names):
         values = {
-            key: rng.choice(usual[key]) for key in names if rng.random() < 0.9 or key in ("weight", "t")
+            key: rng.choice([False, True] if names[key].kind == "bool" else usual[key])
+            for key in names
+            if rng.random() < 0.9 or key in ("weight", "t")
         }
+        values = {key: max(v, names[key].low) for key, v in values.items()}
         return {key: abs(v) if positive and key == "weight" else v for key, v in values.items()}
 
     models = {model: draw(spec.per_model) for model in rng.sample(MODELS, count)}
@@ -145,6 +154,24 @@ def weights(**values: float) -> dict[str, dict[str, float]]:
         (Setting("linear", {}, weights(x=2.0, y=2.0)), Setting("linear", {}, weights(x=0.5, y=0.5))),
         (Setting("slerp", {"t": 0.0}, {"x": {}}), BASE_COPY),
         (Setting("slerp", {"t": 1.0}, {"x": {}, "y": {}}), Setting("linear", {}, weights(y=3.0))),
+        (Setting("nuslerp", {}, weights(x=0.0, y=0.4)), Setting("linear", {}, weights(y=1.0))),
+        (Setting("nuslerp", {}, weights(x=2.0, y=2.0)), Setting("nuslerp", {}, weights(x=0.3, y=0.3))),
+        (
+            Setting("nuslerp", {"nuslerp_row_wise": True}, weights(x=1.0, y=2.0)),
+            Setting("nuslerp", {}, weights(x=1.0, y=2.0)),
+        ),
+        (Setting("multislerp", {}, weights(x=2.0, y=0.0)), Setting("linear", {}, weights(x=1.0))),
+        (
+            Setting("multislerp", {}, weights(x=2.0, y=0.0, z=2.0)),
+            Setting("multislerp", {}, weights(x=0.5, z=0.5)),
+        ),
+        (Setting("karcher", {"max_iter": 3.0}, {"x": {}}), Setting("linear", {}, weights(x=1.0))),
+        (Setting("nearswap", {"t": 0.0}, {"x": {}}), BASE_COPY),
+        (Setting("passthrough", {}, {"x": {}}), Setting("linear", {}, weights(x=0.5))),
+        (
+            Setting("passthrough", {}, {"x": {"scale": 0.5}}),
+            Setting("linear", {"normalize": False}, weights(x=0.5)),
+        ),
     ],
     ids=lambda setting: setting.method,
 )
@@ -152,7 +179,9 @@ def test_settings_with_equal_results_have_one_canonical_form(one, other):
     assert SPECS[one.method].canonical(one) == SPECS[other.method].canonical(other)
 
 
-@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if "weight" in spec.per_model])
+@pytest.mark.parametrize(
+    "name", [n for n, spec in SPECS.items() if "weight" in spec.per_model and spec.min_models < 2]
+)
 def test_a_model_of_weight_zero_takes_no_part(name, merge):
     base, x, y = torch.randn(3, 300, generator=torch.Generator().manual_seed(2))
     sparse = {"density": 0.4} if "density" in SPECS[name].per_model else {}
@@ -162,26 +191,33 @@ def test_a_model_of_weight_zero_takes_no_part(name, merge):
     assert torch.equal(with_zero, merge(Setting(name, {}, models), base, [x], seeds=(3,)))
 
 
+def usual_setting(name: str) -> Setting:
+    """Two models where the method takes two; no parameter at a value that makes it trivial."""
+    spec = SPECS[name]
+    usual = {"weight": 0.3, "density": 0.7, "scale": 0.6, "lambda": 0.7, "t": 0.3}
+    usual |= {"rescale": True, "normalize": True}
+    values = {key: usual[key] for key in spec.per_model if key in usual}
+    shared = {key: usual[key] for key in spec.shared if key in usual}
+    return Setting(name, shared, {model: values for model in MODELS[: min(2, spec.max_models or 2)]})
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_a_missing_task_vector_is_a_zero_one(name, merge):
     base, x = torch.randn(2, 300, generator=torch.Generator().manual_seed(3))
-    spec = SPECS[name]
-    values = {key: {"weight": 0.6, "density": 0.4}[key] for key in spec.per_model}
-    setting = Setting(name, {"t": 0.3} if "t" in spec.shared else {}, {"x": values, "y": values})
-    zero = merge(setting, base, [x, torch.zeros(300)], seeds=(3, 4))
-    torch.testing.assert_close(merge(setting, base, [x, None], seeds=(3, 4)), zero, rtol=0, atol=1e-6)
+    setting = usual_setting(name)
+    ours, theirs = ([x, last][-len(setting.models) :] for last in (None, torch.zeros(300)))
+    zero = merge(setting, base, theirs, seeds=(3, 4))
+    torch.testing.assert_close(merge(setting, base, ours, seeds=(3, 4)), zero, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("chunk", [1, 7, 64, 299])
 def test_the_chunk_size_does_not_change_a_bit(name, chunk, merge):
     base, x, y = torch.randn(3, 300, generator=torch.Generator().manual_seed(4))
-    spec = SPECS[name]
-    values = {key: {"weight": 0.3, "density": 0.7}[key] for key in spec.per_model}
-    shared = {key: {"lambda": 0.7, "rescale": True, "normalize": True, "t": 0.3}[key] for key in spec.shared}
-    setting = Setting(name, shared, {"x": values, "y": values})
-    whole = merge(setting, base, [x, y], seeds=(3, 4))
-    assert torch.equal(merge(setting, base, [x, y], seeds=(3, 4), chunk=chunk), whole)
+    setting = usual_setting(name)
+    deltas = [x, y][: len(setting.models)]
+    whole = merge(setting, base, deltas, seeds=(3, 4))
+    assert torch.equal(merge(setting, base, deltas, seeds=(3, 4), chunk=chunk), whole)
 
 
 def test_an_average_over_weights_that_cancel_is_refused(merge):
