@@ -25,7 +25,20 @@ def golden_setting(case: dict, names: list[str]) -> Setting:
     return Setting(case["method"], parameters, models)
 
 
-@pytest.mark.goldens("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+@pytest.mark.goldens(
+    "linear",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della",
+    "sce",
+    "ram",
+    "ramplus_tl",
+)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_methods_agree_with_mergekit(case, dtype, merge):
     """Dyadic inputs: task vectors are exact, so the tolerance is that of the merge alone."""
@@ -63,6 +76,11 @@ def random_setting(name: str, rng: random.Random) -> Setting:
         "t": [0.0, 1.0, rng.uniform(0, 1), rng.uniform(-0.2, 1.2)],
         "normalize": [False, True],
         "rescale": [False, True],
+        "gamma": [0.0, 0.01, 0.3, 1.0],
+        "epsilon": [0.0, 0.2, 0.05, round(rng.uniform(0, 0.5), 3)],
+        "select_topk": [0.0, 1.0, 0.5, rng.uniform(0, 1)],
+        "r": [0.0, 0.1, 2.0],
+        "alpha": [0.0, 0.2, 3.0],
     }
     positive = rng.random() < 0.5
 
@@ -73,6 +91,11 @@ def random_setting(name: str, rng: random.Random) -> Setting:
         return {key: abs(v) if positive and key == "weight" else v for key, v in values.items()}
 
     models = {model: draw(spec.per_model) for model in rng.sample(MODELS, count)}
+    if "epsilon" in spec.per_model:  # its limit depends on the density
+        for values in models.values():
+            density = values.get("density", 1.0)
+            most = 0.95 * min(density, 1 - density) if density < 1 else 0.5
+            values["epsilon"] = min(values.get("epsilon", 0.0), most)
     return Setting(name, draw(spec.shared), models)
 
 
@@ -143,6 +166,36 @@ def weights(**values: float) -> dict[str, dict[str, float]]:
         (Setting("ties", {}, weights(x=0.3)), Setting("task_arithmetic", {}, weights(x=1.0))),
         (Setting("ties", {}, weights(x=0.3, y=0.0, z=1.0)), Setting("ties", {}, weights(x=0.3, z=1.0))),
         (Setting("linear", {}, weights(x=2.0, y=2.0)), Setting("linear", {}, weights(x=0.5, y=0.5))),
+        (
+            Setting("breadcrumbs", {}, weights(x=0.3, y=0.2)),
+            Setting("task_arithmetic", {}, weights(x=0.3, y=0.2)),
+        ),
+        (
+            Setting("breadcrumbs_ties", {"normalize": True}, weights(x=1.0, y=2.0)),
+            Setting("ties", {}, weights(x=1, y=2)),
+        ),
+        (
+            Setting("breadcrumbs_ties", {}, {"x": {"weight": 0.5, "density": 0.3, "gamma": 0.1}}),
+            Setting("breadcrumbs", {"lambda": 0.5}, {"x": {"weight": 1.0, "density": 0.3, "gamma": 0.1}}),
+        ),
+        (
+            Setting("della", {}, {"x": {"weight": 1.0, "epsilon": 0.0}, "y": {"weight": 1.0}}),
+            Setting("ties", {}, weights(x=1.0, y=1.0)),
+        ),
+        (
+            Setting("della_linear", {}, {"x": {"weight": 0.5, "density": 0.3, "epsilon": 0.0}}),
+            Setting("dare_linear", {}, {"x": {"weight": 0.5, "density": 0.3}}),
+        ),
+        (
+            Setting("della", {}, {m: {"weight": 1.0, "density": 0.3, "epsilon": 0.0} for m in "xy"}),
+            Setting("dare_ties", {"normalize": True}, {m: {"weight": 1.0, "density": 0.3} for m in "xy"}),
+        ),
+        (Setting("sce", {"select_topk": 0.0}, {"x": {}, "y": {}}), BASE_COPY),
+        (Setting("sce", {"select_topk": 0.9}, {"x": {}}), BASE_COPY),
+        (Setting("sce", {}, {"x": {}}), Setting("task_arithmetic", {}, weights(x=1.0))),
+        (Setting("ram", {"epsilon": 0.0}, {"x": {}}), Setting("task_arithmetic", {}, weights(x=1.0))),
+        (Setting("ramplus_tl", {}, {"x": {}}), Setting("ram", {}, {"x": {}})),
+        (Setting("ramplus_tl", {"r": 0.0}, {"x": {}, "y": {}}), Setting("ram", {}, {"x": {}, "y": {}})),
         (Setting("slerp", {"t": 0.0}, {"x": {}}), BASE_COPY),
         (Setting("slerp", {"t": 1.0}, {"x": {}, "y": {}}), Setting("linear", {}, weights(y=3.0))),
     ],
@@ -166,7 +219,9 @@ def test_a_model_of_weight_zero_takes_no_part(name, merge):
 def test_a_missing_task_vector_is_a_zero_one(name, merge):
     base, x = torch.randn(2, 300, generator=torch.Generator().manual_seed(3))
     spec = SPECS[name]
-    values = {key: {"weight": 0.6, "density": 0.4}[key] for key in spec.per_model}
+    values = {
+        key: {"weight": 0.6, "density": 0.4, "gamma": 0.1, "epsilon": 0.2}[key] for key in spec.per_model
+    }
     setting = Setting(name, {"t": 0.3} if "t" in spec.shared else {}, {"x": values, "y": values})
     zero = merge(setting, base, [x, torch.zeros(300)], seeds=(3, 4))
     torch.testing.assert_close(merge(setting, base, [x, None], seeds=(3, 4)), zero, rtol=0, atol=1e-6)
@@ -177,8 +232,12 @@ def test_a_missing_task_vector_is_a_zero_one(name, merge):
 def test_the_chunk_size_does_not_change_a_bit(name, chunk, merge):
     base, x, y = torch.randn(3, 300, generator=torch.Generator().manual_seed(4))
     spec = SPECS[name]
-    values = {key: {"weight": 0.3, "density": 0.7}[key] for key in spec.per_model}
-    shared = {key: {"lambda": 0.7, "rescale": True, "normalize": True, "t": 0.3}[key] for key in spec.shared}
+    values = {
+        key: {"weight": 0.3, "density": 0.7, "gamma": 0.1, "epsilon": 0.2}[key] for key in spec.per_model
+    }
+    usual = {"lambda": 0.7, "rescale": True, "normalize": True, "t": 0.3}
+    usual |= {"select_topk": 0.5, "epsilon": 0.2, "r": 0.5, "alpha": 2.0}
+    shared = {key: usual[key] for key in spec.shared}
     setting = Setting(name, shared, {"x": values, "y": values})
     whole = merge(setting, base, [x, y], seeds=(3, 4))
     assert torch.equal(merge(setting, base, [x, y], seeds=(3, 4), chunk=chunk), whole)
