@@ -71,15 +71,17 @@ def _combined(inputs: TensorInputs, factors: list[float]) -> Kernel:
         mix, alone, count, x = scratch[:, : high - low]
         for buffer in (mix, alone, count):
             buffer.zero_()
+        for delta, _ in terms:
+            count.add_(torch.hardshrink(delta[low:high], epsilon, out=x).sign_().abs_())
+        count.clamp_(min=1.0)
         for delta, f in terms:
             torch.hardshrink(delta[low:high], epsilon, out=x)  # keeps |d| > epsilon
-            mix.add_(x)
             if scaled:
                 alone.add_(x, alpha=f)
-            count.add_(x.sign_().abs_())
+            mix.add_(x.div_(count))  # divided before the sum: mergekit's order, to the last bit
         if scaled:
             torch.where(count == 1.0, alone, mix, out=mix)
-        out.add_(mix.div_(count.clamp_(min=1.0)))
+        out.add_(mix)
 
     return run
 
