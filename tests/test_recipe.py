@@ -154,7 +154,7 @@ def test_the_largest_value_beside_another_is_allowed_and_one_more_step_is_not():
     most = spec.most({"density": 0.7})
     assert most == 0.299999
     LIMITED.complete(Setting("thin", {}, {"m": {"density": 0.7, "epsilon": most}}), "cell")
-    with pytest.raises(RecipeError, match="must be below 0.3"):
+    with pytest.raises(RecipeError, match=r"must be below 0\.3"):
         LIMITED.complete(Setting("thin", {}, {"m": {"density": 0.7, "epsilon": 0.3}}), "cell")
 
 

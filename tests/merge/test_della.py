@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,10 @@ def test_probabilities_outside_0_and_1_are_refused(values):
 
 
 def test_rounding_for_the_canonical_form_keeps_a_setting_valid():
-    values = {"weight": 1.0, "density": 0.8499996, "epsilon": 0.1499985}
-    canonical = SPECS["della_linear"].canonical(Setting("della_linear", {}, {"m": values}))
-    assert canonical.models["m"] == {"weight": 1.0, "density": 0.85, "epsilon": 0.149999}
+    spec, rng = SPECS["della_linear"], random.Random(0)
+    for _ in range(500):
+        density = rng.uniform(0.0, 1.0)
+        values = {"weight": 1.0, "density": density, "epsilon": min(density, 1 - density) - 2e-6}
+        if values["epsilon"] > 0:
+            canonical = spec.canonical(Setting("della_linear", {}, {"m": values}))
+            SPECS[canonical.method].complete(canonical, "cell")

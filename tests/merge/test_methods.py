@@ -179,6 +179,12 @@ def weights(**values: float) -> dict[str, dict[str, float]]:
             Setting("breadcrumbs", {"lambda": 0.5}, {"x": {"weight": 1.0, "density": 0.3, "gamma": 0.1}}),
         ),
         (
+            Setting(
+                "breadcrumbs", {}, {"x": {"weight": 1.0, "gamma": 0.3}, "y": {"weight": 1, "density": 0.5}}
+            ),
+            Setting("breadcrumbs", {}, {"x": {"weight": 1.0}, "y": {"weight": 1.0, "density": 0.5}}),
+        ),
+        (
             Setting("della", {}, {"x": {"weight": 1.0, "epsilon": 0.0}, "y": {"weight": 1.0}}),
             Setting("ties", {}, weights(x=1.0, y=1.0)),
         ),

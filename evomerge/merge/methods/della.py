@@ -33,7 +33,7 @@ from evomerge.merge.methods._gta import (
 )
 from evomerge.merge.methods._method import Kernel, Method, TensorInputs
 from evomerge.merge.methods.dare import drop, masked
-from evomerge.recipe import DECIMALS, MethodSpec, ParameterSpec, Setting, rounded
+from evomerge.recipe import MethodSpec, ParameterSpec, Setting
 
 if TYPE_CHECKING:
     import torch
@@ -113,22 +113,13 @@ def ties_kernel(inputs: TensorInputs) -> Kernel:
 
 def linear_canonical(setting: Setting) -> Setting:
     """`lambda` and the divisor folded into the weights; nothing dropped is task arithmetic."""
-    return _as_dare(canonical_sum(_settled(LINEAR.complete(setting, LINEAR.name)), EXTRA))
+    return _as_dare(canonical_sum(LINEAR.complete(setting, LINEAR.name), EXTRA))
 
 
 def ties_canonical(setting: Setting) -> Setting:
     """Largest weight 1 where only ratios matter; nothing dropped is `ties`, one model is `della_linear`."""
-    complete = _settled(TIES.complete(setting, TIES.name))
+    complete = TIES.complete(setting, TIES.name)
     return _as_dare(canonical_consensus(complete, dense="ties", alone="della_linear", extra=EXTRA))
-
-
-def _settled(setting: Setting) -> Setting:
-    """Densities and epsilons rounded so that they still go together."""
-    models = {}
-    for name, values in setting.models.items():
-        density = {"density": max(rounded(values["density"]), 10.0**-DECIMALS)}
-        models[name] = {**values, **density, "epsilon": min(values["epsilon"], EPSILON.most(density))}
-    return Setting(setting.method, setting.parameters, models)
 
 
 def _as_dare(setting: Setting) -> Setting:
