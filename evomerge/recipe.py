@@ -75,7 +75,8 @@ class ParameterSpec:
     """One parameter of a method: its closed range (`low_open` excludes `low`), default and meaning.
 
     `default` None means that the parameter is required; `kind` is "float", "int" (a whole number) or
-    "bool", which ignores the range.
+    "bool", which ignores the range. `below`, for a parameter of a model, gives from the model's other values
+    a number that it must stay below; `below_doc` says what that number is.
     """
 
     low: float = -math.inf
@@ -84,6 +85,14 @@ class ParameterSpec:
     low_open: bool = False
     kind: str = "float"
     doc: str = ""
+    below: Callable[[Mapping[str, float]], float] | None = None
+    below_doc: str = ""
+
+    def most(self, values: Mapping[str, float]) -> float:
+        """Largest value, to `DECIMALS` decimals, beside the other `values` of the same model."""
+        if self.below is None:
+            return self.high
+        return min(self.high, max(self.low, rounded(self.below(values) - 10.0**-DECIMALS)))
 
     def check(self, value: object, where: str, name: str) -> None:
         """Raise `RecipeError` unless `value` is a finite number in the range (or a bool, for `kind` bool)."""
@@ -168,6 +177,12 @@ def _complete(
             raise RecipeError(f"{where}: {method} needs `{key}`, which has no default; add it")
         spec.check(value, where, key)
         result[key] = value
+    for key, spec in specs.items():
+        if spec.below is not None and result[key] > spec.most(result):
+            raise RecipeError(
+                f"{where}: {key} is {result[key]!r}, but it is {spec.doc} and must be below "
+                f"{spec.below(result):g}, {spec.below_doc}"
+            )
     return result
 
 

@@ -76,7 +76,8 @@ class SearchSpace(Section):
         outside: whether tensors outside the layers have groups of their own or follow the first layer.
         methods: one or several; several make the method a categorical parameter of each group.
         parameters: bounds of `weight` and of the methods' other parameters. What has no bounds here keeps
-            its value from `constants`, or the method's default.
+            its value from `constants`, or the method's default. Where a method limits one value by
+            another, as epsilon by the density, values above the limit stand for the limit.
         constants: fixed values of method parameters.
     """
 
@@ -354,11 +355,14 @@ class BoundSpace:
         elif WEIGHT not in spec.per_model:  # all models count alike, so a weight only says who takes part
             weights = {model: weight for model, weight in weights.items() if weight > 0.0}
         per_model = {
-            model: {
-                key: weight if key == WEIGHT else given[key]
-                for key in spec.per_model
-                if key == WEIGHT or key in given
-            }
+            model: _within(
+                spec,
+                {
+                    key: weight if key == WEIGHT else given[key]
+                    for key in spec.per_model
+                    if key == WEIGHT or key in given
+                },
+            )
             for model, weight in weights.items()
         }
         return Setting(method, shared, per_model)
@@ -408,6 +412,13 @@ class BoundSpace:
             if parameter is not None and parameter.default is not None:
                 return float(parameter.default)
         return (bounds.low + bounds.high) / 2
+
+
+def _within(spec: MethodSpec, values: Mapping[str, float]) -> dict[str, float]:
+    """One model's values, with defaults; what exceeds the limit that the others set is lowered to it."""
+    known = {key: values.get(key, p.default) for key, p in spec.per_model.items()}
+    whole = {key: value for key, value in known.items() if value is not None}
+    return {key: min(value, spec.per_model[key].most(whole)) for key, value in whole.items()}
 
 
 def _heaviest_two(weights: Mapping[str, float], where: str) -> tuple[dict[str, float], float]:

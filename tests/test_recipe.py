@@ -127,6 +127,37 @@ def test_a_setting_that_the_method_refuses_names_the_parameter(
         SPEC.complete(Setting("sum", shared, {"m": values}), "layers[3].mlp")
 
 
+LIMITED = MethodSpec(
+    name="thin",
+    shared={},
+    per_model={
+        "density": ParameterSpec(0, 1, 1.0),
+        "epsilon": ParameterSpec(
+            0, 1, 0.3, doc="a spread", below=lambda values: 1 - values["density"], below_doc="what is dropped"
+        ),
+    },
+    canonical=lambda setting: setting,
+)
+
+
+@pytest.mark.parametrize("values", [{"density": 0.8}, {"density": 0.7}, {"density": 0.5, "epsilon": 0.6}])
+def test_a_limit_set_by_another_value_is_checked_with_defaults_filled_in(values: dict[str, float]):
+    message = (
+        r"layers\[3\]\.mlp, model `m`: epsilon is 0\.\d, but it is a spread and must be below 0\.\d, what"
+    )
+    with pytest.raises(RecipeError, match=message):
+        LIMITED.complete(Setting("thin", {}, {"m": values}), "layers[3].mlp")
+
+
+def test_the_largest_value_beside_another_is_allowed_and_one_more_step_is_not():
+    spec = LIMITED.per_model["epsilon"]
+    most = spec.most({"density": 0.7})
+    assert most == 0.299999
+    LIMITED.complete(Setting("thin", {}, {"m": {"density": 0.7, "epsilon": most}}), "cell")
+    with pytest.raises(RecipeError, match=r"must be below 0\.3"):
+        LIMITED.complete(Setting("thin", {}, {"m": {"density": 0.7, "epsilon": 0.3}}), "cell")
+
+
 def test_too_few_models_are_refused():
     with pytest.raises(RecipeError, match="sum has 0 models, but it merges 1 to 2"):
         SPEC.complete(Setting("sum"), "layers[3].mlp")

@@ -102,6 +102,38 @@ def test_a_density_that_the_method_has_not_got_does_not_change_the_recipe():
     assert bound.decode(params).digest == bound.decode(other).digest
 
 
+WIDE_DELLA = {
+    "methods": ["della", "della_linear"],
+    "parameters": {
+        "weight": {"low": 0.0, "high": 1.0},
+        "density": {"low": 0.01, "high": 1.0},
+        "epsilon": {"low": 0.0, "high": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("epsilon", ["searched", "constant", "default"])
+def test_a_space_proposes_no_value_above_the_limit_that_another_sets(epsilon: str):
+    fields = dict(WIDE_DELLA, parameters=dict(WIDE_DELLA["parameters"]), constants={})
+    if epsilon != "searched":
+        del fields["parameters"]["epsilon"]
+    if epsilon == "constant":
+        fields["constants"] = {"epsilon": 0.4}
+    bound = space(**fields).bind(family())
+    for seed in range(200):
+        setting = bound.decode(draw(bound, seed)).setting(Cell(0, "mlp"))
+        for values in setting.models.values():
+            density, spread = values.get("density", 1.0), values.get("epsilon", 0.0)
+            assert density == 1.0 or 0.0 < density - spread <= density + spread < 1.0
+
+
+def test_a_value_below_its_limit_is_taken_as_it_is():
+    bound = space(**dict(WIDE_DELLA, methods=["della"])).bind(family())
+    params = {p.name: 0.5 for p in bound.parameters} | {"all.density": 0.8, "all.epsilon": 0.15}
+    assert bound.decode(params).setting(Cell(0, "mlp")).models["math"]["epsilon"] == 0.15
+    assert bound.encode(bound.decode(params))["all.epsilon"] == 0.15
+
+
 def test_scaled_ties_weights_are_the_same_recipe():
     """Only ratios of TIES weights matter (methods.md A.6.2), so 0.2 : 0.4 : 0.4 equals 0.4 : 0.8 : 0.8."""
     bound = space(methods=["ties"]).bind(family())

@@ -27,6 +27,15 @@ Place = str | dict[str, Any]  # mergekit's model reference: a text, or a mapping
 # a method, the source to name as `base_model` ("" for none), its models where a document can name only these
 Kind = tuple[str, ...]
 
+# a shared parameter with which a method without weights gives the base, bit by bit
+KEEPS_BASE: Mapping[str, Mapping[str, Value]] = {
+    "slerp": {"t": 0.0},  # on the way from the base
+    "nearswap": {"t": 0.0},
+    "sce": {"select_topk": 0.0},
+    "ram": {"epsilon": 1e30},  # no entry of a task vector is that large
+    "ramplus_tl": {"epsilon": 1e30},
+}
+
 
 def mergekit_documents(
     recipe: Recipe,
@@ -185,10 +194,10 @@ def _has_config(kind: Kind) -> bool:
 
 
 def _can_keep_base(kind: Kind, specs: Mapping[str, MethodSpec]) -> bool:
-    """Whether some setting of the kind gives the base: weights of 0, or t = 0 on the way from the base."""
+    """Whether some setting of the kind gives the base: weights of 0, or what `KEEPS_BASE` says."""
     method, _, *models = kind
-    from_base = method == "nearswap" or (method == "slerp" and len(models) == 1)
-    return method == "linear" or specs[method].min_models == 0 or from_base
+    free = method == "linear" or specs[method].min_models == 0
+    return free or (method in KEEPS_BASE and (method != "slerp" or len(models) == 1))
 
 
 def _document(
@@ -216,7 +225,7 @@ def _document(
         }
         rows.append({"model": places[model], **({"parameters": values} if values else {})})
     shared = {
-        key: _filters({c: _shared(s, key) for c, s in settings.items()}, layout, default.default)
+        key: _filters({c: _shared(s, key, method) for c, s in settings.items()}, layout, default.default)
         for key, default in spec.shared.items()
         if key != TASK_VECTORS
     }
@@ -228,15 +237,17 @@ def _document(
 def _of_model(setting: Setting, model: str, key: str, spec: MethodSpec, base: str) -> Value | None:
     if model in setting.models:
         return setting.models[model][key]
+    if key == "density" and any(parameter.below for parameter in spec.per_model.values()):
+        return 1.0  # with which any value of the other parameter is allowed
     if key != "weight":
         return None
     return float(spec.name == "linear" and setting == BASE_COPY and model == base)
 
 
-def _shared(setting: Setting, key: str) -> Value | None:
+def _shared(setting: Setting, key: str, method: str) -> Value | None:
     if setting != BASE_COPY:
         return setting.parameters[key]
-    return 0.0 if key == "t" else None
+    return KEEPS_BASE.get(method, {}).get(key)
 
 
 def _selection(

@@ -4,7 +4,7 @@
 first mantissa bits: classes less than 1 % wide in float32). The k-th largest magnitude then lies in a known
 class, so a query collects the few entries of that class in one pass and selects among them.
 
-Exactly k entries are kept; among equal magnitudes those that come first in flat order.
+Exactly k entries are kept; among equal magnitudes those that come first in flat order, or last if asked.
 
 Imports: numpy, torch, `evomerge.sources`.
 """
@@ -25,25 +25,49 @@ CLASS_BITS = 15  # leading bits that name a class: of float32 the exponent and 7
 
 @dataclass(frozen=True)
 class Cut:
-    """Keeps |d| > threshold, and |d| == threshold up to flat index `last`.
+    """Keeps |d| > threshold, and |d| == threshold up to flat index `last`, or from the next on.
 
     Attributes:
         threshold: the k-th largest magnitude.
-        last: flat index of the last entry that is kept among those equal to the threshold.
+        last: flat index of the last entry before the choice among those equal to the threshold changes.
         below: the next smaller number of the task vector's dtype (0 for a threshold of 0).
+        early: whether entries equal to the threshold are kept up to `last`; false: after it.
     """
 
     threshold: float
     last: int
     below: float
+    early: bool = True
 
     def write(self, delta: TaskVector, low: int, high: int, out: torch.Tensor) -> None:
         """Put entries [low, high) of the flat `delta` into `out`, zero where they are not kept."""
         middle = min(max(self.last + 1, low), high)
         # hardshrink keeps |d| > limit, so the next smaller limit keeps |d| >= threshold
-        for begin, end, limit in ((low, middle, self.below), (middle, high, self.threshold)):
+        first, second = (self.below, self.threshold) if self.early else (self.threshold, self.below)
+        for begin, end, limit in ((low, middle, first), (middle, high, second)):
             if begin < end:
                 torch.hardshrink(delta[begin:end], limit, out=out[begin - low : end - low])
+
+
+@dataclass(frozen=True)
+class Band:
+    """Keeps what `outer` keeps and `inner` does not; None drops nothing from above.
+
+    Attributes:
+        outer: keeps the entries of the band and those above it.
+        inner: keeps the entries above the band.
+    """
+
+    outer: Cut
+    inner: Cut | None
+
+    def write(self, delta: TaskVector, low: int, high: int, out: torch.Tensor) -> None:
+        """Put entries [low, high) of the flat `delta` into `out`, zero where they are not kept."""
+        self.outer.write(delta, low, high, out)
+        if self.inner is not None:
+            above = torch.empty_like(out)
+            self.inner.write(delta, low, high, above)
+            out.sub_(above)  # d - d and d - 0 are exact
 
 
 class MagnitudeIndex:
@@ -74,11 +98,15 @@ class MagnitudeIndex:
         """Memory in bytes."""
         return self._reach.nbytes
 
-    def largest(self, delta: TaskVector, k: int) -> Cut:
-        """The cut that keeps exactly `k` entries, 1 <= k <= n, of the same `delta` as given before."""
+    def largest(self, delta: TaskVector, k: int, *, early: bool = True) -> Cut:
+        """The cut that keeps exactly `k` entries, 1 <= k <= n, of the same `delta` as given before.
+
+        Among equal magnitudes it keeps the first in flat order, or the last where `early` is false.
+        """
         if k > self.n - self._zeros:
-            last = self.n - 1 if k == self.n else _nth_zero(delta, k - (self.n - self._zeros))
-            return self._cut(delta, 0.0, last)
+            wanted = k - (self.n - self._zeros)
+            count = wanted if early else self._zeros - wanted
+            return _cut(delta, 0.0, _nth_zero(delta, count) if count else -1, early)
         at = int(torch.searchsorted(self._reach, k))
         above = int(self._reach[at - 1]) if at else 0
         missing = k - above
@@ -86,11 +114,21 @@ class MagnitudeIndex:
         # the missing-th largest of the class
         value = values.kthvalue(values.numel() + 1 - missing).values
         equal = positions[values == value]
-        return self._cut(delta, float(value), int(equal[missing - 1 - int((values > value).sum())]))
+        wanted = missing - int((values > value).sum())
+        return _cut(delta, float(value), int(equal[wanted - 1] if early else equal[-wanted] - 1), early)
 
-    def _cut(self, delta: TaskVector, threshold: float, last: int) -> Cut:
-        number, zero = (torch.tensor(x, dtype=delta.dtype) for x in (threshold, 0.0))
-        return Cut(threshold, last, float(torch.nextafter(number, zero)))
+    def between(self, delta: TaskVector, above: int, k: int) -> Band:
+        """The band that keeps exactly `k` entries below the `above` largest; k >= 1, above + k <= n.
+
+        Among equal magnitudes the last in flat order count as larger, as in a stable ascending sort.
+        """
+        inner = self.largest(delta, above, early=False) if above else None
+        return Band(self.largest(delta, above + k, early=False), inner)
+
+
+def _cut(delta: TaskVector, threshold: float, last: int, early: bool) -> Cut:
+    number, zero = (torch.tensor(x, dtype=delta.dtype) for x in (threshold, 0.0))
+    return Cut(threshold, last, float(torch.nextafter(number, zero)), early)
 
 
 # per dtype: an integer type of its size, and what shifts a magnitude's class to the right end

@@ -10,6 +10,7 @@ Imports: torch only.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -43,15 +44,45 @@ def keep_mask(
     limit = round(density * _WORD) - _WORD // 2
     if limit >= _WORD // 2:
         return keep
+    for low, x in _hashes(seed, n, start, device, block):
+        torch.lt(x, limit, out=keep[low : low + x.numel()])
+    return keep
+
+
+def keep_mask_by_class(
+    seed: int, densities: torch.Tensor, classes: torch.Tensor, *, start: int = 0, block: int = BLOCK
+) -> torch.Tensor:
+    """`keep_mask` where each entry has the density of its class.
+
+    Args:
+        seed: in [0, 2**32); `Recipe.seed_for(model, tensor)`.
+        densities: `(m,)` float64, in (0, 1), one per class; resolved to 2**-32.
+        classes: `(n,)` integers in [0, m), the class of every entry.
+        start: flat index of the first entry, for a shard of a larger tensor.
+        block: entries hashed at once.
+
+    Returns:
+        `(n,)` bool, on the device of `classes`.
+    """
+    limits = densities.mul(_WORD).round_().sub_(_WORD // 2).to(classes.device, torch.int32)
+    keep = torch.empty(classes.numel(), dtype=torch.bool, device=classes.device)
+    for low, x in _hashes(seed, classes.numel(), start, classes.device, block):
+        part = slice(low, low + x.numel())
+        torch.lt(x, limits.index_select(0, classes[part].int()), out=keep[part])
+    return keep
+
+
+def _hashes(
+    seed: int, n: int, start: int, device: torch.device | str, block: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """`(low, hashes of the entries from low on)`, int32, block by block in one buffer."""
     keys = _keys(seed)
     index = torch.arange(min(block, n), dtype=torch.int32, device=device)
     scratch = torch.empty((2, index.numel()), dtype=torch.int32, device=device)
     for low in range(0, n, block):
-        part = keep[low : low + block]
-        x, shifted = scratch[:, : part.numel()]
-        torch.add(index[: part.numel()], _int32(start + low + keys[0]), out=x)
-        torch.lt(_mix(x, shifted, keys[1]), limit, out=part)
-    return keep
+        x, shifted = scratch[:, : min(block, n - low)]
+        torch.add(index[: x.numel()], _int32(start + low + keys[0]), out=x)
+        yield low, _mix(x, shifted, keys[1])
 
 
 def _mix(x: torch.Tensor, shifted: torch.Tensor, key: int) -> torch.Tensor:

@@ -69,6 +69,15 @@ def unweighted(method: str, *models: str, **shared: float) -> Setting:
     return Setting(method, shared, {model: {} for model in models})
 
 
+def together(method: str, **shared: float) -> Setting:
+    return Setting(method, shared, {"math": {}, "code": {}, "far": {}})
+
+
+def crumbs(method: str, density: float, gamma: float, **shared: bool) -> Setting:
+    models = sparse(density, math=0.5, code=0.4, far=-0.1)
+    return Setting(method, shared, {name: {**values, "gamma": gamma} for name, values in models.items()})
+
+
 def everywhere(layers: int, setting: Setting) -> Cells:
     return {
         **spread(layers, ATTENTION, MLP, NORM, make=lambda _: setting),
@@ -150,11 +159,35 @@ CASES = {
         documents=5,
         bits=False,
     ),
+    "ram_beside_the_base": Case(
+        {
+            **spread(4, ATTENTION, make=lambda i: together("ram", epsilon=0.0005 * i)),
+            **spread(4, MLP, make=lambda i: together("ram")),
+        }
+    ),
+    "ramplus_beside_the_base": Case(
+        spread(4, ATTENTION, MLP, make=lambda i: together("ramplus_tl", epsilon=0.02, r=0.2 * i, alpha=0.7))
+    ),
     "nothing_merged": Case({}),
 }
 EXACT_CASES = {
     "exact_arithmetic": Case(everywhere(3, arithmetic(math=0.7, code=0.4, far=-0.1))),
     "exact_ties": Case(everywhere(3, ties(0.4, math=1.0, code=0.7, far=0.3)), bits=False),
+    "exact_breadcrumbs": Case(
+        {
+            **spread(3, ATTENTION, make=lambda i: crumbs("breadcrumbs", 0.3 + 0.2 * i, 0.05)),
+            **spread(3, MLP, make=lambda i: crumbs("breadcrumbs", 0.9, 0.01, rescale=True)),
+        },
+        bits=False,
+    ),
+    "exact_breadcrumbs_ties": Case(everywhere(3, crumbs("breadcrumbs_ties", 0.4, 0.1)), bits=False),
+    "exact_sce_beside_the_base": Case(
+        {
+            **spread(3, ATTENTION, make=lambda i: together("sce", select_topk=0.3 + 0.3 * i)),
+            **spread(3, MLP, make=lambda i: together("sce")),
+        },
+        bits=False,
+    ),
     "exact_slerp_and_copies": Case(
         spread(3, MLP, make=lambda i: slerp(0.3 + 0.25 * i, "math", "far")), documents=2, bits=False
     ),
@@ -210,6 +243,24 @@ DARE = {
     **spread(4, MLP, make=lambda i: Setting("dare_linear", {}, sparse(0.5, math=0.5, code=0.25))),
 }
 
+# where `code` is absent, its most usual density and its most usual epsilon are one that mergekit refuses
+THIN = [(0.9, 0.05), (0.9, 0.04), (0.5, 0.3), (0.6, 0.3)]
+DELLA = {
+    **spread(4, ATTENTION, make=lambda i: Setting("della", {}, sparse(1.0, math=0.5, far=0.25))),
+    **spread(
+        4,
+        MLP,
+        make=lambda i: Setting(
+            "della",
+            {},
+            {
+                "math": {"weight": 0.5, "density": 0.4, "epsilon": 0.2},
+                "code": {"weight": 0.25, "density": THIN[i][0], "epsilon": THIN[i][1]},
+            },
+        ),
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -234,7 +285,7 @@ def outcomes(
     commands, texts, counts = {}, {}, {}
     cases = {name: (family, case.cells) for name, case in CASES.items()}
     cases |= {name: (exact_family, case.cells) for name, case in EXACT_CASES.items()}
-    cases["dare"] = (family, DARE)
+    cases |= {"dare": (family, DARE), "della": (family, DELLA)}
     for name, (sources, cells) in cases.items():
         recipe, layout = Recipe("base", sources.models, cells), sources.layout()
         folder = home / name
@@ -347,10 +398,11 @@ def test_mergekit_takes_config_and_tokenizer_from_the_base(outcomes: dict[str, O
     assert theirs["tie_word_embeddings"]
 
 
-def test_dare_says_that_masks_differ_and_agrees_where_nothing_is_dropped(
-    family: SourceSet, outcomes: dict[str, Outcome]
+@pytest.mark.parametrize("name", ["dare", "della"])
+def test_a_random_method_says_that_masks_differ_and_agrees_where_nothing_is_dropped(
+    family: SourceSet, outcomes: dict[str, Outcome], name: str
 ):
-    outcome = outcomes["dare"]
+    outcome = outcomes[name]
     assert "Random masks" in outcome.text.split("merge_method")[0]
     dense = [t for c, names in family.layout().by_cell.items() if c.module != MLP for t in names]
     assert all(torch.equal(outcome.mergekit[name], outcome.ours[name]) for name in dense)
@@ -372,10 +424,11 @@ def test_a_method_without_masks_does_not_speak_of_them(outcomes: dict[str, Outco
 
 
 def test_every_method_that_mergekit_has_is_compared_with_it():
-    cells = [case.cells for case in (CASES | EXACT_CASES).values()] + [DARE]
+    cells = [case.cells for case in (CASES | EXACT_CASES).values()] + [DARE, DELLA]
     compared = {setting.method for case in cells for setting in case.values()}
-    # dare_ties is ties with the masks of dare_linear: neither half is left out
-    assert {name for name, spec in SPECS.items() if spec.mergekit} - compared <= {"dare_ties"}
+    # dare_ties is ties with the masks of dare_linear, della_linear dare_linear with the masks of della:
+    # no half is left out
+    assert {name for name, spec in SPECS.items() if spec.mergekit} - compared <= {"dare_ties", "della_linear"}
 
 
 def test_a_method_that_mergekit_has_not_is_refused(family: SourceSet):

@@ -70,6 +70,26 @@ def test_writing_a_cut_zeroes_the_rest(name):
         assert torch.equal(out, delta * keep), k
 
 
+def ascending_band(delta: torch.Tensor, above: int, k: int) -> torch.Tensor:
+    """Mask of the `k` entries below the `above` largest in a stable ascending sort."""
+    order = torch.sort(delta.abs(), stable=True).indices
+    keep = torch.zeros(delta.numel(), dtype=torch.bool)
+    keep[order[delta.numel() - above - k : delta.numel() - above]] = True
+    return keep
+
+
+@pytest.mark.parametrize("name", [name for name in DELTAS if name != "one entry"])
+def test_a_band_holds_the_ranks_of_a_stable_ascending_sort(name):
+    delta = DELTAS[name]
+    index, n = MagnitudeIndex(delta), delta.numel()
+    for above, k in [(0, n), (0, 1), (1, 1), (1, n - 1), (n - 1, 1), (n // 3, n // 2), (n // 50, n // 5 + 1)]:
+        band = index.between(delta, above, k)
+        out = torch.full_like(delta, 9.0)
+        for low in range(0, n, 777):
+            band.write(delta, low, min(low + 777, n), out[low : low + 777])
+        assert torch.equal(out, delta * ascending_band(delta, above, k)), (above, k)
+
+
 def test_every_count_of_a_small_tensor_is_exact():
     delta = bf16_delta(700, 5)
     index = MagnitudeIndex(delta)
@@ -92,6 +112,15 @@ def test_counting_in_several_steps_gives_the_same_cut(monkeypatch):
     assert [parts.largest(delta, k) for k in (1, 300, 9000)] == [
         whole.largest(delta, k) for k in (1, 300, 9000)
     ]
+
+
+def test_the_late_choice_keeps_exactly_the_last_of_equal_magnitudes():
+    delta = bf16_delta(300, 7)
+    index, size, place = MagnitudeIndex(delta), delta.abs(), torch.arange(300)
+    for k in range(1, 301):
+        cut = index.largest(delta, k, early=False)
+        keep = (size > cut.threshold) | ((size == cut.threshold) & (place > cut.last))
+        assert torch.equal(keep, ascending_band(delta, 0, k)), k
 
 
 def test_indexing_does_not_change_the_task_vector():

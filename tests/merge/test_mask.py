@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evomerge.merge.mask import _keys, keep_mask
+from evomerge.merge.mask import _keys, keep_mask, keep_mask_by_class
 from evomerge.recipe import Setting
 
 N = 1 << 16
@@ -70,6 +70,25 @@ def test_the_global_generator_has_no_part_in_it():
 
 def test_density_one_keeps_everything():
     assert keep_mask(1, 1.0, 1000).all()
+
+
+def test_each_class_has_the_mask_of_its_own_density():
+    densities = [0.1, 0.35, 0.9]
+    classes = torch.arange(5000, dtype=torch.int16) * 7 % 3
+    mask = keep_mask_by_class(5, torch.tensor(densities, dtype=torch.float64), classes)
+    for number, density in enumerate(densities):
+        assert torch.equal(mask[classes == number], keep_mask(5, density, 5000)[classes == number])
+
+
+@pytest.mark.parametrize("start", [0, 1, 1000, 4097])
+@pytest.mark.parametrize("block", [7, 1024])
+def test_classes_do_not_tie_a_mask_to_blocks_or_shards(start, block):
+    densities = torch.tensor([0.2, 0.7], dtype=torch.float64)
+    classes = torch.arange(5000) % 2
+    whole = keep_mask_by_class(5, densities, classes)
+    assert torch.equal(
+        keep_mask_by_class(5, densities, classes[start:], start=start, block=block), whole[start:]
+    )
 
 
 @pytest.mark.goldens("dare_given_mask")

@@ -335,6 +335,38 @@ def test_tensors_that_are_not_floating_pass_from_the_base():
     assert merged["model.position_ids"] is sources.base["model.position_ids"]
 
 
+def varied(name: str) -> list[Setting]:
+    """Settings of one method that follow each other in a search: other values, models and orders."""
+    spec = SPECS[name]
+    return [
+        Setting(
+            name,
+            {key: value for key, value in shared.items() if key in spec.shared},
+            {
+                model: {key: value for key, value in values.items() if key in spec.per_model}
+                for model in models
+            },
+        )
+        for models, shared, values in [
+            (MODELS, {}, {"weight": 0.5, "density": 0.3, "epsilon": 0.2}),
+            (MODELS, {"select_topk": 0.5, "epsilon": 1e-3}, {"weight": 0.4, "density": 0.6, "gamma": 0.2}),
+            (MODELS[1::-1], {"select_topk": 0.7, "r": 0.5}, {"weight": 0.4, "density": 0.5}),
+        ]
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce", "ram", "ramplus_tl"]
+)
+def test_what_earlier_candidates_left_in_the_cache_does_not_change_a_bit(name):
+    sources = MemorySources()
+    merger = Merger(sources, cache_bytes=1 << 30)
+    for setting in varied(name):
+        plan = plan_of(setting, sources)
+        fresh = dict(Merger(sources).materialize(plan))
+        assert all(torch.equal(tensor, fresh[n]) for n, tensor in merger.materialize(plan))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_refused_with_cell_and_tensor(value):
     sources = MemorySources()

@@ -28,6 +28,7 @@ def golden_setting(case: dict, names: list[str]) -> Setting:
 
 
 @pytest.mark.goldens("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+@pytest.mark.goldens("breadcrumbs", "breadcrumbs_ties", "della", "sce", "ram", "ramplus_tl")
 @pytest.mark.goldens("nuslerp", "multislerp", "karcher", "model_stock")
 @pytest.mark.goldens("nearswap", "arcee_fusion", "passthrough")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -69,6 +70,11 @@ def random_setting(name: str, rng: random.Random) -> Setting:
         "max_iter": [0, 1, 10, 10.0],
         "tol": [1e-5, 1e-9],
         "eps": [1e-8, 0.1],
+        "gamma": [0.0, 0.01, 0.3, 1.0],
+        "epsilon": [0.0, 0.2, 0.05, round(rng.uniform(0, 0.5), 3)],
+        "select_topk": [0.0, 1.0, 0.5, rng.uniform(0, 1)],
+        "r": [0.0, 0.1, 2.0],
+        "alpha": [0.0, 0.2, 3.0],
     }
     positive = rng.random() < 0.5
 
@@ -82,6 +88,11 @@ def random_setting(name: str, rng: random.Random) -> Setting:
         return {key: abs(v) if positive and key == "weight" else v for key, v in values.items()}
 
     models = {model: draw(spec.per_model) for model in rng.sample(MODELS, count)}
+    if "epsilon" in spec.per_model:  # its limit depends on the density
+        for values in models.values():
+            density = values.get("density", 1.0)
+            most = 0.95 * min(density, 1 - density) if density < 1 else 0.5
+            values["epsilon"] = min(values.get("epsilon", 0.0), most)
     return Setting(name, draw(spec.shared), models)
 
 
@@ -152,6 +163,42 @@ def weights(**values: float) -> dict[str, dict[str, float]]:
         (Setting("ties", {}, weights(x=0.3)), Setting("task_arithmetic", {}, weights(x=1.0))),
         (Setting("ties", {}, weights(x=0.3, y=0.0, z=1.0)), Setting("ties", {}, weights(x=0.3, z=1.0))),
         (Setting("linear", {}, weights(x=2.0, y=2.0)), Setting("linear", {}, weights(x=0.5, y=0.5))),
+        (
+            Setting("breadcrumbs", {}, weights(x=0.3, y=0.2)),
+            Setting("task_arithmetic", {}, weights(x=0.3, y=0.2)),
+        ),
+        (
+            Setting("breadcrumbs_ties", {"normalize": True}, weights(x=1.0, y=2.0)),
+            Setting("ties", {}, weights(x=1, y=2)),
+        ),
+        (
+            Setting("breadcrumbs_ties", {}, {"x": {"weight": 0.5, "density": 0.3, "gamma": 0.1}}),
+            Setting("breadcrumbs", {"lambda": 0.5}, {"x": {"weight": 1.0, "density": 0.3, "gamma": 0.1}}),
+        ),
+        (
+            Setting(
+                "breadcrumbs", {}, {"x": {"weight": 1.0, "gamma": 0.3}, "y": {"weight": 1, "density": 0.5}}
+            ),
+            Setting("breadcrumbs", {}, {"x": {"weight": 1.0}, "y": {"weight": 1.0, "density": 0.5}}),
+        ),
+        (
+            Setting("della", {}, {"x": {"weight": 1.0, "epsilon": 0.0}, "y": {"weight": 1.0}}),
+            Setting("ties", {}, weights(x=1.0, y=1.0)),
+        ),
+        (
+            Setting("della_linear", {}, {"x": {"weight": 0.5, "density": 0.3, "epsilon": 0.0}}),
+            Setting("dare_linear", {}, {"x": {"weight": 0.5, "density": 0.3}}),
+        ),
+        (
+            Setting("della", {}, {m: {"weight": 1.0, "density": 0.3, "epsilon": 0.0} for m in "xy"}),
+            Setting("dare_ties", {"normalize": True}, {m: {"weight": 1.0, "density": 0.3} for m in "xy"}),
+        ),
+        (Setting("sce", {"select_topk": 0.0}, {"x": {}, "y": {}}), BASE_COPY),
+        (Setting("sce", {"select_topk": 0.9}, {"x": {}}), BASE_COPY),
+        (Setting("sce", {}, {"x": {}}), Setting("task_arithmetic", {}, weights(x=1.0))),
+        (Setting("ram", {"epsilon": 0.0}, {"x": {}}), Setting("task_arithmetic", {}, weights(x=1.0))),
+        (Setting("ramplus_tl", {}, {"x": {}}), Setting("ram", {}, {"x": {}})),
+        (Setting("ramplus_tl", {"r": 0.0}, {"x": {}, "y": {}}), Setting("ram", {}, {"x": {}, "y": {}})),
         (Setting("slerp", {"t": 0.0}, {"x": {}}), BASE_COPY),
         (Setting("slerp", {"t": 1.0}, {"x": {}, "y": {}}), Setting("linear", {}, weights(y=3.0))),
         (Setting("nuslerp", {}, weights(x=0.0, y=0.4)), Setting("linear", {}, weights(y=1.0))),
@@ -195,7 +242,8 @@ def usual_setting(name: str) -> Setting:
     """Two models where the method takes two; no parameter at a value that makes it trivial."""
     spec = SPECS[name]
     usual = {"weight": 0.3, "density": 0.7, "scale": 0.6, "lambda": 0.7, "t": 0.3}
-    usual |= {"rescale": True, "normalize": True}
+    usual |= {"rescale": True, "normalize": True, "gamma": 0.1, "epsilon": 0.2}
+    usual |= {"select_topk": 0.5, "r": 0.5, "alpha": 2.0}
     values = {key: usual[key] for key in spec.per_model if key in usual}
     shared = {key: usual[key] for key in spec.shared if key in usual}
     return Setting(name, shared, {model: values for model in MODELS[: min(2, spec.max_models or 2)]})

@@ -94,10 +94,13 @@ def _measure(inputs: TensorInputs, split: Split, whole: bool) -> torch.Tensor:
     result = torch.zeros((count, count, split.count), dtype=torch.float64, device=inputs.base.device)
     shape = (split.rows, split.columns)
     base = inputs.base.view(shape)
-    deltas = [None if delta is None else delta.view(shape) for delta in inputs.deltas]
     for tile in split.tiles():
-        origin = base[tile].to(inputs.dtype) if whole else None
-        vectors = [_vector(origin, None if delta is None else delta[tile]) for delta in deltas]
+        part = base[tile]
+        origin = part.to(inputs.dtype) if whole else None
+        low = tile[0].start * split.columns + tile[1].start  # a tile is one range of the flat tensor
+        entries = slice(low, low + part.numel())
+        deltas = [None if delta is None else delta[entries].view(part.shape) for delta in inputs.deltas]
+        vectors = [_vector(origin, delta) for delta in deltas]
         place = tile[0] if split.along == 1 else tile[1]
         for i, one in enumerate(vectors):
             for j, other in enumerate(vectors[: i + 1]):

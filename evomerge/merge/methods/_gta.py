@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from evomerge.merge.methods._method import CHUNK, Kernel, TensorInputs
@@ -52,6 +53,10 @@ Write = Callable[[int, int, "torch.Tensor"], None]
 
 
 Sparsify = Callable[[TensorInputs, int, "TaskVector", float], Write]
+
+# default by name of the parameters that a sparsifier has for each model beside `density`
+Extra = Mapping[str, float]
+NO_EXTRA: Extra = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ def _finish(mix: torch.Tensor, divisor: float, scale: float, out: torch.Tensor) 
     out.add_(mix)
 
 
-def canonical_sum(setting: Setting) -> Setting:
+def canonical_sum(setting: Setting, extra: Extra = NO_EXTRA) -> Setting:
     """Canonical form without election: the merge is linear in the weights, so all scales go into them.
 
     `normalize` false, `lambda` 1, no model of weight 0; with every density 1 the method is task arithmetic.
@@ -214,10 +219,10 @@ def canonical_sum(setting: Setting) -> Setting:
     if all(value == 1.0 for value in density.values()):
         return Setting("task_arithmetic", shared, {name: {"weight": kept[name]} for name in kept})
     shared["rescale"] = setting.parameters["rescale"]
-    return Setting(setting.method, shared, _models(kept, density))
+    return Setting(setting.method, shared, _models(setting, kept, density, extra))
 
 
-def canonical_consensus(setting: Setting, *, dense: str, alone: str) -> Setting:
+def canonical_consensus(setting: Setting, *, dense: str, alone: str, extra: Extra = NO_EXTRA) -> Setting:
     """Canonical form with election.
 
     Weights are divided by the largest, not by their sum: equal weights become exactly 1, so that entries
@@ -228,6 +233,7 @@ def canonical_consensus(setting: Setting, *, dense: str, alone: str) -> Setting:
         setting: complete.
         dense: the method's name when every density is 1.
         alone: its name when one model is left, whose sign wins every election.
+        extra: the sparsifier's own parameters of a model.
     """
     scale = setting.parameters["lambda"]
     normalized = setting.parameters["normalize"]
@@ -245,7 +251,7 @@ def canonical_consensus(setting: Setting, *, dense: str, alone: str) -> Setting:
         return BASE_COPY
     density = _densities(setting, weights)
     if len(weights) == 1:
-        return _canonical_single(setting, weights, density, scale, alone)
+        return _canonical_single(setting, weights, density, scale, alone, extra)
     sparse = any(value < 1.0 for value in density.values())
     return Setting(
         setting.method if sparse else dense,
@@ -254,12 +260,17 @@ def canonical_consensus(setting: Setting, *, dense: str, alone: str) -> Setting:
             "normalize": normalized,
             "rescale": sparse and setting.parameters["rescale"],
         },
-        _models(weights, density),
+        _models(setting, weights, density, extra if sparse else NO_EXTRA),
     )
 
 
 def _canonical_single(
-    setting: Setting, weights: Mapping[str, float], density: Mapping[str, float], scale: float, alone: str
+    setting: Setting,
+    weights: Mapping[str, float],
+    density: Mapping[str, float],
+    scale: float,
+    alone: str,
+    extra: Extra,
 ) -> Setting:
     """One model wins every election: only the product of its weight and `lambda` counts."""
     ((name, weight),) = weights.items()
@@ -268,11 +279,11 @@ def _canonical_single(
         summed = Setting(
             alone if density[name] < 1.0 else "task_arithmetic",
             {**setting.parameters, "lambda": 1.0, "normalize": False},
-            _models({name: factor}, density),
+            _models(setting, {name: factor}, density, extra),
         )
-        return canonical_sum(summed)
+        return canonical_sum(summed, extra)
     shared = {"lambda": factor, "normalize": True, "rescale": setting.parameters["rescale"]}
-    return Setting("ties", shared, _models({name: 1.0}, density)) if factor else BASE_COPY
+    return Setting("ties", shared, _models(setting, {name: 1.0}, density, extra)) if factor else BASE_COPY
 
 
 def _densities(setting: Setting, names: Mapping[str, float]) -> dict[str, float]:
@@ -280,5 +291,18 @@ def _densities(setting: Setting, names: Mapping[str, float]) -> dict[str, float]
     return {name: max(rounded(setting.models[name].get("density", 1.0)), 10.0**-DECIMALS) for name in names}
 
 
-def _models(weights: Mapping[str, float], density: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    return {name: {"weight": weight, "density": density[name]} for name, weight in weights.items()}
+def _models(
+    setting: Setting, weights: Mapping[str, float], density: Mapping[str, float], extra: Extra
+) -> dict[str, dict[str, float]]:
+    """Values per model; where nothing is dropped the extra parameters have no effect and their defaults."""
+    return {
+        name: {
+            "weight": weight,
+            "density": density[name],
+            **{
+                key: rounded(setting.models[name][key]) if density[name] < 1.0 else default
+                for key, default in extra.items()
+            },
+        }
+        for name, weight in weights.items()
+    }

@@ -15,6 +15,8 @@ from evomerge.recipe import MethodSpec, Setting
 if TYPE_CHECKING:
     import torch
 
+    from evomerge.sources.streamed import TaskVector
+
 EPSILON = 1e-8  # added to every probability
 
 
@@ -62,12 +64,12 @@ def kernel(inputs: TensorInputs) -> Kernel:
     return run
 
 
-def measure(inputs: TensorInputs, delta: torch.Tensor, split: Split) -> Importance:
+def measure(inputs: TensorInputs, delta: TaskVector, split: Split) -> Importance:
     """The divergence of every row, and the threshold over all entries."""
     import torch
 
     shape = (split.rows, split.columns)
-    base, change = inputs.base.view(shape), delta.view(shape)
+    base, change = inputs.base.view(shape), delta[:].view(shape)
     divergence = torch.empty(split.rows, dtype=inputs.dtype, device=delta.device)
     scores = torch.empty_like(change)
     height = max(1, CHUNK // split.columns)
@@ -99,4 +101,4 @@ SPEC = MethodSpec(
     source="mergekit 0.1.5, with exact quantiles",
 )
 
-METHODS = (Method(SPEC, kernel),)
+METHODS = (Method(SPEC, kernel, streams=True),)

@@ -31,11 +31,14 @@ if TYPE_CHECKING:
 
 def drop(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Write:
     """Each entry kept with probability `density`."""
-    import torch
-
     from evomerge.merge.mask import keep_mask
 
-    keep = keep_mask(inputs.seeds[index], density, delta.numel(), device=delta.device)
+    return masked(delta, keep_mask(inputs.seeds[index], density, delta.numel(), device=delta.device))
+
+
+def masked(delta: TaskVector, keep: torch.Tensor) -> Write:
+    """The entries of `delta` where `keep`, bool of its shape, is true."""
+    import torch
 
     def write(low: int, high: int, out: torch.Tensor) -> None:
         torch.mul(delta[low:high], keep[low:high], out=out)

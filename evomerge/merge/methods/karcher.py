@@ -106,4 +106,4 @@ SPEC = MethodSpec(
     source="Karcher 1977; arithmetic of mergekit 0.1.5",
 )
 
-METHODS = (Method(SPEC, kernel, takes_base=True),)
+METHODS = (Method(SPEC, kernel, takes_base=True, streams=True),)

@@ -64,4 +64,4 @@ SPEC = MethodSpec(
     source="Jang 2024, arXiv:2403.19522; the mean over pairs is mergekit 0.1.5's",
 )
 
-METHODS = (Method(SPEC, kernel),)
+METHODS = (Method(SPEC, kernel, streams=True),)

@@ -117,4 +117,4 @@ SPEC = MethodSpec(
     source="mergekit 0.1.5",
 )
 
-METHODS = (Method(SPEC, kernel, keeps_base=keeps_base),)
+METHODS = (Method(SPEC, kernel, keeps_base=keeps_base, streams=True),)

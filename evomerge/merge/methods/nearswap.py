@@ -58,4 +58,4 @@ SPEC = MethodSpec(
     source="mergekit 0.1.5",
 )
 
-METHODS = (Method(SPEC, kernel),)
+METHODS = (Method(SPEC, kernel, streams=True),)

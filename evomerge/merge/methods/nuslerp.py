@@ -95,4 +95,4 @@ SPEC = MethodSpec(
     source="Shoemake 1985; arithmetic of mergekit 0.1.5",
 )
 
-METHODS = (Method(SPEC, kernel),)
+METHODS = (Method(SPEC, kernel, streams=True),)

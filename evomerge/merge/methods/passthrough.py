@@ -50,4 +50,4 @@ SPEC = MethodSpec(
     source="mergekit 0.1.5",
 )
 
-METHODS = (Method(SPEC, kernel, takes_base=True, keeps_base=keeps_base),)
+METHODS = (Method(SPEC, kernel, takes_base=True, keeps_base=keeps_base, streams=True),)
