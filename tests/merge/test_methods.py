@@ -63,6 +63,10 @@ def random_setting(name: str, rng: random.Random) -> Setting:
         "t": [0.0, 1.0, rng.uniform(0, 1), rng.uniform(-0.2, 1.2)],
         "normalize": [False, True],
         "rescale": [False, True],
+        "full_rank": [False, True],
+        "clip": [0.0, 1e-4, 0.1],
+        "ratio": [0.5, 1.0, rng.uniform(0, 2)],
+        "calibration": [1.0, 0.4, rng.uniform(0, 2)],
     }
     positive = rng.random() < 0.5
 
@@ -178,7 +182,8 @@ def test_the_chunk_size_does_not_change_a_bit(name, chunk, merge):
     base, x, y = torch.randn(3, 300, generator=torch.Generator().manual_seed(4))
     spec = SPECS[name]
     values = {key: {"weight": 0.3, "density": 0.7}[key] for key in spec.per_model}
-    shared = {key: {"lambda": 0.7, "rescale": True, "normalize": True, "t": 0.3}[key] for key in spec.shared}
+    usual = {"lambda": 0.7, "rescale": True, "normalize": True, "t": 0.3}
+    shared = {key: usual[key] for key in spec.shared if key in usual}
     setting = Setting(name, shared, {"x": values, "y": values})
     whole = merge(setting, base, [x, y], seeds=(3, 4))
     assert torch.equal(merge(setting, base, [x, y], seeds=(3, 4), chunk=chunk), whole)
