@@ -8,7 +8,7 @@ import torch
 
 from evomerge.errors import RecipeError
 from evomerge.merge.methods import SPECS
-from evomerge.merge.methods._spectral import SKETCH
+from evomerge.merge.methods._spectral import SKETCH, sketch
 from evomerge.recipe import Setting
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -155,6 +155,14 @@ def test_tsvm_of_dense_task_vectors_is_that_of_numpy(shape, merge):
     torch.testing.assert_close(merged, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", SIZES[1:], ids=str)
+def test_a_sketch_finds_the_directions_of_an_adapter_and_nothing_of_a_dense_matrix(shape):
+    found = sketch(low_rank(16, *shape, seed=1, dtype=torch.float32), "here")
+    assert found is not None
+    assert found.s.shape == (16,)
+    assert sketch(drawn(*shape, dtype=torch.float32), "here") is None
+
+
 def test_tsvm_keeps_one_direction_of_each_model_where_there_are_more_models_than_directions(merge):
     deltas = [drawn(2, 5, seed=seed) for seed in range(4)]
     merged = merge(Setting("tsvm", {}, weighted(1, 1, 1, 1)), torch.zeros(2, 5, dtype=torch.float64), deltas)
@@ -193,22 +201,42 @@ def test_widen_takes_the_rows_of_an_embedding_for_columns(merge):
     assert not torch.equal(merged, merge(setting, base, [x, y], name="lm_head.weight"))
 
 
-def test_widen_of_large_matrices_does_not_depend_on_the_blocks(merge):
-    """Column sums over several blocks of rows: the copies of one small matrix have its ranks."""
-    base, x, y = (drawn(5, 40, seed=seed) for seed in range(3))
-    setting = Setting("widen", {}, weighted(1, 1))
-    small = merge(setting, base, [x, y])
-    large = merge(setting, base.repeat(400, 1), [d.repeat(400, 1) for d in (x, y)])
-    torch.testing.assert_close(large, small.repeat(400, 1))
+def widen_by_numpy(base: np.ndarray, deltas: list[np.ndarray], ratio: float, score: float) -> np.ndarray:
+    """Column by column; from zeros to zeros is no turn, between zeros and anything else a right angle."""
+    columns, ranks = base.shape[1], []
+    for delta in deltas:
+        lengths, turns = [], []
+        for old, new in zip(base.T, (base + delta).T, strict=True):
+            both = np.linalg.norm(old), np.linalg.norm(new)
+            lengths.append(abs(both[1] - both[0]))
+            turns.append(float(any(both)) if 0.0 in both else 1.0 - old @ new / both[0] / both[1])
+        places = np.empty((2, columns))
+        for place, change in zip(places, (lengths, turns), strict=True):
+            place[np.argsort(change, kind="stable")] = np.arange(columns) / columns
+        ranks.append(places)
+    shares = np.exp(ranks) / np.exp(ranks).sum(axis=0)
+    important = np.array(ranks) > ratio * np.mean(ranks, axis=2, keepdims=True)
+    scores = np.where(important, score, shares).mean(axis=1)
+    return base + sum(s * d for s, d in zip(scores, deltas, strict=True))
 
 
-def test_widen_accepts_columns_of_zeros(merge):
-    base, x, y = (drawn(4, 6, seed=seed) for seed in range(3))
-    base[:, :3] = 0.0
-    x[:, :2] = y[:, 0] = 0.0
-    merged = merge(Setting("widen", {}, weighted(1, 1)), base, [x, y])
-    assert merged.isfinite().all()
-    assert torch.equal(merged[:, 0], base[:, 0])
+def compare_widen(merge, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
+    setting = Setting("widen", {"ratio": 1.2, "calibration": 0.9}, weighted(*[1.0] * len(deltas)))
+    expected = widen_by_numpy(base.numpy(), [delta.numpy() for delta in deltas], 1.2, 0.9)
+    torch.testing.assert_close(merge(setting, base, deltas), torch.from_numpy(expected))
+
+
+def test_widen_sums_columns_over_several_blocks_of_rows(merge):
+    base, x, y = (drawn(2000, 40, seed=seed) for seed in range(3))
+    compare_widen(merge, base, [x, y])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_widen_gives_columns_of_zeros_a_direction(seed, merge):
+    base, x, y = (drawn(4, 9, seed=10 * seed + i) for i in range(3))
+    base[:, :4] = 0.0
+    x[:, :3] = y[:, 0] = 0.0
+    compare_widen(merge, base, [x, y])
 
 
 def test_pcb_keeps_all_of_a_tensor_of_one_entry_where_models_agree(merge):
@@ -218,6 +246,20 @@ def test_pcb_keeps_all_of_a_tensor_of_one_entry_where_models_agree(merge):
     torch.testing.assert_close(merge(setting, base, [up, 2 * up]), base + 0.375)
     # the sum is positive: only the first agrees with it
     torch.testing.assert_close(merge(setting, base, [up, down]), base + 0.25)
+
+
+def test_pcb_of_the_least_density_keeps_the_strongest_entry(merge):
+    delta = torch.tensor([0.5, -3.0, 1.0, 2.0, 0.25], dtype=torch.float64)
+    setting = Setting("pcb", {"density": 1e-6, "clip": 0.0}, weighted(1.0))
+    expected = torch.tensor([0.0, -3.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert torch.equal(merge(setting, torch.zeros_like(delta), [delta]), expected)
+
+
+def test_emr_elects_minus_where_task_vectors_cancel(merge):
+    """The authors' code: + where the mean is above 0, - where it is not."""
+    delta = torch.tensor([1.0, -2.0])
+    merged = merge(Setting("emr", {}, weighted(1, 1)), torch.zeros(2), [delta, -delta])
+    assert merged.tolist() == [-1.0, -2.0]
 
 
 def test_pcb_of_many_models_does_not_overflow(merge):
