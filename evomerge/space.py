@@ -5,64 +5,37 @@ with knots interpolated over depth) times module groups. Every group has a weigh
 one of its methods knows them, a density, a `lambda` and so on, shared by the models of the group; with
 several methods the choice of method is a parameter too. Tensors outside the numbered layers form groups
 of their own (`outside: own`) or follow the first layer group (`outside: first`, which is how a mergekit
-gradient treats them). A method that takes one or two models gets those of largest weight; where models have
-no weights (`karcher`, `model_stock`) those whose weight is above 0 take part.
+gradient treats them). With `lines` a group has one value of everything for all layers, and two numbers
+that scale its task vector by depth. A method that takes one or two models gets those of largest weight; where
+models have no weights (`karcher`, `model_stock`) those whose weight is above 0 take part.
 
 `SearchSpace` is what the YAML file says. `bind` fits it to one `Family` of models and gives a `BoundSpace`
 with `parameters`, `decode` and `encode`. Parameters that can change nothing (no model touches their
 cells) are left out.
 
-Imports: `recipe`, `errors`, `sources.layout`, `search.base` (the parameter types); never torch.
+Imports: `recipe`, `errors`, `layers`, `sources.layout`, `search.base` (the parameter types); never torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from evomerge.errors import ConfigError, RecipeError
+from evomerge.layers import Bounds, Layers, Lines, Smooth, layer_spans
 from evomerge.recipe import BASE_COPY, Cell, MethodSpec, Recipe, Setting, rounded
 from evomerge.search.base import CategoricalParameter, FloatParameter, Parameter, Params
 from evomerge.sources.layout import Layout
 from evomerge.yamlfile import Section
 
-WEIGHT = "weight"
-
-
-class Bounds(Section):
-    """Closed interval of a parameter."""
-
-    low: float
-    high: float
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Bounds:
-        if not self.low < self.high:
-            raise ValueError(f"low is {self.low:g} and high is {self.high:g}, but low must be below high")
-        return self
-
-
-class Blocks(Section):
-    """Equal blocks of layers."""
-
-    blocks: Annotated[int, Field(ge=1)]
-
-
-class Ranges(Section):
-    """Explicit half-open ranges `[first, last)`; together they cover every layer once."""
-
-    ranges: Annotated[list[tuple[int, int]], Field(min_length=1)]
-
-
-class Smooth(Section):
-    """Values at evenly spaced knots, interpolated linearly over depth (2 knots: LiNeS, Wang et al. 2024)."""
-
-    smooth: Annotated[int, Field(ge=2)]
+WEIGHT, LAMBDA = "weight", "lambda"
+ALPHA, BETA = "lines.alpha", "lines.beta"  # parameters that are no method's, so that no name can clash
 
 
 class SearchSpace(Section):
@@ -70,7 +43,8 @@ class SearchSpace(Section):
 
     Attributes:
         description: one line for people.
-        layers: "all" (one group), equal `blocks`, explicit `ranges`, or `smooth` knots.
+        layers: "all" (one group), equal `blocks`, explicit `ranges`, `smooth` knots, or `lines`, which
+            searches `alpha` and `beta` of a `lambda` that is linear in depth.
         modules: "all", "each" (every module that the model has), or named groups of modules; modules in
             no group form the group `rest`.
         outside: whether tensors outside the layers have groups of their own or follow the first layer.
@@ -78,11 +52,12 @@ class SearchSpace(Section):
         parameters: bounds of `weight` and of the methods' other parameters. What has no bounds here keeps
             its value from `constants`, or the method's default. Where a method limits one value by
             another, as epsilon by the density, values above the limit stand for the limit.
-        constants: fixed values of method parameters.
+        constants: fixed values of method parameters, `weight` among them (with `lines` only: nothing else
+            would be left of the models).
     """
 
     description: str = ""
-    layers: Literal["all"] | Blocks | Ranges | Smooth = "all"
+    layers: Layers = "all"
     modules: Literal["all", "each"] | dict[str, list[str]] = "all"
     outside: Literal["own", "first"] = "own"
     methods: Annotated[list[str], Field(min_length=1)]
@@ -98,7 +73,7 @@ class SearchSpace(Section):
         """
         _check_methods(self, family.specs, where)
         modules = _module_groups(self.modules, family.layout, where)
-        spans = _spans(self.layers, family.layout.n_layers, where)
+        spans = layer_spans(self.layers, family.layout.n_layers, where)
         space = BoundSpace(self, family, modules, spans)
         if not space.parameters:
             raise ConfigError(f"{where}: no model changes any tensor, so there is nothing to search")
@@ -179,8 +154,29 @@ def _check_methods(space: SearchSpace, specs: Mapping[str, MethodSpec], where: s
                     f"{where}: `{table}.{key}` belongs to none of the methods "
                     f"{', '.join(space.methods)}; known: {', '.join(sorted(known))}"
                 )
-    if WEIGHT not in space.parameters:
+    if isinstance(space.layers, Lines):
+        _check_lines(space, specs, where)
+    elif WEIGHT not in space.parameters:
         raise ConfigError(f"{where}: `parameters.weight` is missing; give it `low` and `high`")
+
+
+def _check_lines(space: SearchSpace, specs: Mapping[str, MethodSpec], where: str) -> None:
+    for name in space.methods:
+        if LAMBDA not in specs[name].shared:
+            raise ConfigError(
+                f"{where}: `layers.lines` scales `lambda`, which `{name}` has not; use `layers.smooth`, or "
+                f"one of {', '.join(method for method, spec in specs.items() if LAMBDA in spec.shared)}"
+            )
+    for table in ("parameters", "constants"):
+        if LAMBDA in getattr(space, table):
+            raise ConfigError(
+                f"{where}: `{table}.lambda` and `layers.lines` both set `lambda`; remove `{table}.lambda`"
+            )
+    if WEIGHT not in space.parameters and WEIGHT not in space.constants:
+        raise ConfigError(
+            f"{where}: weight is missing; give `parameters.weight` `low` and `high`, or set "
+            "`constants.weight`, for example to 1.0"
+        )
 
 
 def _module_groups(
@@ -208,29 +204,6 @@ def _module_groups(
                 )
             groups[module] = group
     return {module: groups.get(module, "rest") for module in present}
-
-
-def _spans(layers: Literal["all"] | Blocks | Ranges | Smooth, n: int, where: str) -> list[tuple[int, int]]:
-    """Half-open layer ranges of the layer groups; one whole range for `smooth`."""
-    if n == 0 or layers == "all" or isinstance(layers, Smooth):
-        return [(0, n)]
-    if isinstance(layers, Blocks):
-        count = layers.blocks
-        if count > n:
-            raise ConfigError(f"{where}: `layers.blocks` is {count}, but the model has {n} layers")
-        return [(i * n // count, (i + 1) * n // count) for i in range(count)]
-    spans = sorted(layers.ranges)
-    edge = 0
-    for first, last in spans:
-        if first != edge or last <= first:
-            raise ConfigError(
-                f"{where}: `layers.ranges` has [{first}, {last}) where a range must begin at layer {edge}; "
-                "ranges are half-open and cover every layer once"
-            )
-        edge = last
-    if edge != n:
-        raise ConfigError(f"{where}: `layers.ranges` ends at layer {edge}, but the model has {n} layers")
-    return spans
 
 
 @dataclass(frozen=True)
@@ -294,15 +267,23 @@ class BoundSpace:
             if len(methods) > 1:
                 yield CategoricalParameter(f"{group.name}.method", tuple(methods))
             for prefix in group.prefixes():
-                for model in group.models:
-                    bounds = self.space.parameters[WEIGHT]
-                    yield FloatParameter(f"{prefix}.{model}.{WEIGHT}", bounds.low, bounds.high)
-                for key, bounds in self._shared_bounds:
-                    yield FloatParameter(f"{prefix}.{key}", bounds.low, bounds.high)
+                for suffix, bounds in self._suffixes(group):
+                    yield FloatParameter(f"{prefix}.{suffix}", bounds.low, bounds.high)
 
     @cached_property
     def _shared_bounds(self) -> list[tuple[str, Bounds]]:
         return [(key, bounds) for key, bounds in self.space.parameters.items() if key != WEIGHT]
+
+    def _suffixes(self, group: _Group) -> Iterator[tuple[str, Bounds]]:
+        """The parameters of a group, or of one of its knots."""
+        if WEIGHT in self.space.parameters:
+            for model in group.models:
+                yield f"{model}.{WEIGHT}", self.space.parameters[WEIGHT]
+        yield from self._shared_bounds
+        if isinstance(self.space.layers, Lines):
+            yield ALPHA, self.space.layers.lines.alpha
+            if any(cell.layer is not None for cell in group.cells):
+                yield BETA, self.space.layers.lines.beta
 
     @property
     def dimension(self) -> int:
@@ -319,16 +300,19 @@ class BoundSpace:
         for group in self._groups:
             method = str(params.get(f"{group.name}.method", self.space.methods[0]))
             for cell in group.cells:
-                if group.knots > 1 or cell is group.cells[0]:
+                if group.knots > 1 or cell is group.cells[0] or isinstance(self.space.layers, Lines):
                     setting = self._setting(method, group, cell, self._values(group, cell, params))
                 cells[cell] = setting
         return self.family.recipe(cells)
 
     def _values(self, group: _Group, cell: Cell, params: Params) -> dict[str, float]:
         """Values of a cell by suffix (`math.weight`, `density`), interpolated when the group is smooth."""
-        suffixes = [f"{model}.{WEIGHT}" for model in group.models] + [key for key, _ in self._shared_bounds]
+        suffixes = [suffix for suffix, _ in self._suffixes(group)]
         if group.knots == 1:
-            return {suffix: float(params[f"{group.name}.{suffix}"]) for suffix in suffixes}
+            values = {suffix: float(params[f"{group.name}.{suffix}"]) for suffix in suffixes}
+            if isinstance(self.space.layers, Lines):
+                values[LAMBDA] = values[ALPHA] + values.get(BETA, 0.0) * self._depth(cell)
+            return values
         low, high, share = self._between(cell, group.knots)
         return {
             suffix: (1 - share) * float(params[f"{group.name}.knot{low}.{suffix}"])
@@ -336,17 +320,21 @@ class BoundSpace:
             for suffix in suffixes
         }
 
+    def _depth(self, cell: Cell) -> float:
+        """l / (L - 1) for layer l of L; 0 outside the layers."""
+        return 0.0 if cell.layer is None else cell.layer / max(1, self.family.layout.n_layers - 1)
+
     def _between(self, cell: Cell, knots: int) -> tuple[int, int, float]:
         """Knots around a cell and the share of the upper one; outside the layers: the first knot."""
-        depth = 0.0 if cell.layer is None else cell.layer / max(1, self.family.layout.n_layers - 1)
-        position = depth * (knots - 1)
+        position = self._depth(cell) * (knots - 1)
         low = min(int(position), knots - 1)
         return low, min(low + 1, knots - 1), position - low
 
     def _setting(self, method: str, group: _Group, cell: Cell, values: Mapping[str, float]) -> Setting:
         spec = self.family.specs[method]
-        weights = {model: rounded(values[f"{model}.{WEIGHT}"]) for model in group.models}
-        given = {**self.space.constants, **{key: rounded(values[key]) for key, _ in self._shared_bounds}}
+        fixed = float(self.space.constants.get(WEIGHT, 0.0))
+        weights = {model: rounded(values.get(f"{model}.{WEIGHT}", fixed)) for model in group.models}
+        given = {**self.space.constants, **{key: rounded(value) for key, value in values.items()}}
         shared = {key: given[key] for key in given if key in spec.shared}
         if WEIGHT not in spec.per_model and spec.max_models == 2:
             weights, shared["t"] = _heaviest_two(weights, str(cell))
@@ -375,7 +363,6 @@ class BoundSpace:
         read as those of its first method.
         """
         params: dict[str, float | str] = {}
-        bounds = {p.name: p for p in self.parameters if isinstance(p, FloatParameter)}
         for group in self._groups:
             settings = {cell: recipe.setting(cell) for cell in group.cells}
             methods = [s.method for s in settings.values() if s.models and s.method in self.space.methods]
@@ -383,26 +370,54 @@ class BoundSpace:
             if len(self.space.methods) > 1:
                 params[f"{group.name}.method"] = method
             for index, prefix in enumerate(group.prefixes()):
-                for suffix, value in self._read(group, settings, index).items():
-                    parameter = bounds[f"{prefix}.{suffix}"]
-                    params[parameter.name] = min(max(value, parameter.low), parameter.high)
+                found = self._read(group, settings, index)
+                for suffix, bounds in self._suffixes(group):
+                    params[f"{prefix}.{suffix}"] = min(max(found[suffix], bounds.low), bounds.high)
         return {p.name: params[p.name] for p in self.parameters}
 
     def _read(self, group: _Group, settings: Mapping[Cell, Setting], knot: int) -> dict[str, float]:
         """A group's values in a recipe: the mean over its cells, or over the cells nearest to the knot."""
         cells = list(settings)
         if group.knots > 1:
-            target = knot / (group.knots - 1) * (self.family.layout.n_layers - 1)
-            distance = {c: abs((c.layer or 0) - target) for c in cells if c.layer is not None}
-            cells = [c for c in distance if distance[c] == min(distance.values())]
-        result: dict[str, float] = {}
-        for model in group.models:
-            touched = [c for c in cells if c in self.family.changes[model]] or cells
-            result[f"{model}.{WEIGHT}"] = _mean([_weight(settings[c], model) for c in touched])
+            cells = self._nearest(cells, knot / (group.knots - 1))
+        if isinstance(self.space.layers, Lines):
+            result = self._read_lines(group, settings)
+        else:
+            result = self._read_weights(group, settings, cells)
         for key, bounds in self._shared_bounds:
             found = [v for c in cells if (v := _shared(settings[c], key)) is not None]
             result[key] = _mean(found) if found else self._neutral(key, bounds)
         return result
+
+    def _nearest(self, cells: Sequence[Cell], depth: float) -> list[Cell]:
+        """The cells of the layers nearest to a depth in [0, 1]; all of them where none has a layer."""
+        target = depth * (self.family.layout.n_layers - 1)
+        distance = {c: abs(c.layer - target) for c in cells if c.layer is not None}
+        return [c for c in distance if distance[c] == min(distance.values())] or list(cells)
+
+    def _read_weights(
+        self, group: _Group, settings: Mapping[Cell, Setting], cells: Sequence[Cell]
+    ) -> dict[str, float]:
+        result: dict[str, float] = {}
+        for model in group.models:
+            touched = [c for c in cells if c in self.family.changes[model]] or cells
+            result[f"{model}.{WEIGHT}"] = _mean([_weight(settings[c], model) for c in touched])
+        return result
+
+    def _read_lines(self, group: _Group, settings: Mapping[Cell, Setting]) -> dict[str, float]:
+        """Weights, alpha and beta from both ends, whether depth shows in `lambda` or in the weights."""
+        ends = [self._nearest(list(settings), depth) for depth in (0.0, 1.0)]
+        weights = [self._read_weights(group, settings, cells) for cells in ends]
+        whole = max(weights, key=lambda row: math.fsum(w * w for w in row.values()))
+        if WEIGHT not in self.space.parameters:
+            whole = dict.fromkeys(whole, float(self.space.constants[WEIGHT]))
+        size = math.fsum(w * w for w in whole.values())
+        scales = [
+            _mean([v for c in cells if (v := _shared(settings[c], LAMBDA)) is not None] or [1.0])
+            * (math.fsum(row[key] * whole[key] for key in whole) / size if size else 1.0)
+            for cells, row in zip(ends, weights, strict=True)
+        ]
+        return {**whole, ALPHA: scales[0], BETA: scales[1] - scales[0]}
 
     def _neutral(self, key: str, bounds: Bounds) -> float:
         """Value of a parameter that a recipe leaves open: the method's default, or the middle."""

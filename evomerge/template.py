@@ -40,7 +40,7 @@ search:
     - {space: [global, ties], sigma: 0.2, share: 0.25}            # one weight per model
     - {space: [modules, ties_modules], sigma: 0.12, share: 0.35}  # attention, mlp and the rest apart
     - {space: [blocks, ties_blocks], sigma: 0.1, share: 0.4}      # blocks of layers, attention and mlp apart
-  # other ready-made spaces: smooth; mixed (with optimizer mixed or tpe); or a path to your own
+  # other ready-made spaces: smooth; lines; mixed (with optimizer mixed or tpe); or a path to your own
 
 fixed:                              # merges without a search: baselines and warm start
   scales: [0.3, 0.5, 0.7, 1.0]      #   of task arithmetic over all models

@@ -22,6 +22,7 @@ ORDER = (
     "recipe",
     "sources",
     "search",
+    "layers",
     "space",
     "merge",
     "engine",
@@ -39,7 +40,18 @@ ORDER = (
     "__main__",
 )
 HEAVY = {"torch", "transformers", "vllm"}
-WITHOUT_HEAVY = ("errors", "yamlfile", "recipe", "space", "search", "study", "evaluate", "config", "report")
+WITHOUT_HEAVY = (
+    "errors",
+    "yamlfile",
+    "recipe",
+    "layers",
+    "space",
+    "search",
+    "study",
+    "evaluate",
+    "config",
+    "report",
+)
 
 
 def unit(path: Path) -> str:

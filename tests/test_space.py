@@ -83,6 +83,65 @@ def test_smooth_weights_are_linear_between_knots():
     assert [weight(recipe, layer, "mlp", "math") for layer in range(5)] == [0.0, 0.5, 1.0, 0.5, 0.0]
 
 
+def lines(**fields: object) -> dict[str, object]:
+    bounds = {"alpha": {"low": 0.0, "high": 1.0}, "beta": {"low": -0.5, "high": 1.5}}
+    return {"layers": {"lines": bounds}, **fields}
+
+
+def test_lines_are_two_numbers_for_the_whole_network():
+    bound = shipped("lines").bind(family(30))
+    assert [p.name for p in bound.parameters] == ["all.lines.alpha", "all.lines.beta"]
+
+
+def test_lines_are_two_numbers_per_group_beside_weights():
+    bound = space(**lines(modules={"mlp": ["mlp"]}, methods=["ties"])).bind(family(models=("math",)))
+    assert [p.name for p in bound.parameters] == [
+        *("rest.math.weight", "rest.lines.alpha", "rest.lines.beta"),
+        *("mlp.math.weight", "mlp.lines.alpha", "mlp.lines.beta"),
+    ]
+
+
+def test_lines_outside_the_layers_have_alpha_alone():
+    layout = family(4).layout
+    everywhere = {"math": set(layout.by_cell), "code": set(layout.by_cell)}
+    bound = space(**lines(methods=["ties"])).bind(family(4, changes=everywhere))
+    names = [p.name for p in bound.parameters if p.name.startswith("outside")]
+    assert names == ["outside.math.weight", "outside.code.weight", "outside.lines.alpha"]
+    recipe = bound.decode({p.name: 0.5 for p in bound.parameters} | {"outside.lines.alpha": 0.25})
+    assert recipe.setting(Cell(None, "norm")).parameters["lambda"] == 0.25
+    scales = [recipe.setting(Cell(layer, "mlp")).parameters["lambda"] for layer in range(4)]
+    assert scales == pytest.approx([0.5, 0.5 + 0.5 / 3, 0.5 + 1 / 3, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "tsvm"])
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed_weight", "weights"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_recipe_on_lines_is_found_again_on_lines(method: str, fixed: bool, seed: int):
+    """`lambda` and weights share a scale, so the numbers may differ; the recipe may not, but in rounding."""
+    weights = {"parameters": {}, "constants": {"weight": 1.0}} if fixed else {}
+    bound = space(**lines(methods=[method], **weights)).bind(family(9))
+    params = draw(bound, seed) | {"all.math.weight": 0.5, "all.code.weight": 0.25, "all.chat.weight": 0.1}
+    params |= {"all.lines.alpha": 0.4, "all.lines.beta": (0.5, -0.1, 0.0)[seed]}
+    recipe = bound.decode(params)
+    again = bound.decode(bound.encode(recipe))
+    for cell, setting in recipe.cells.items():
+        other = again.setting(cell)
+        assert other.parameters == pytest.approx(setting.parameters, abs=3e-6)
+        assert list(other.models) == list(setting.models)
+        for model, values in setting.models.items():
+            assert other.models[model] == pytest.approx(values, abs=3e-6)
+
+
+@pytest.mark.parametrize("coarse", ["global", "ties"])
+def test_lines_begin_with_the_recipe_that_the_stage_before_ended_with(coarse: str):
+    before = shipped(coarse).bind(family(30))
+    dense = {"constants": {"density": 0.3}} if coarse == "ties" else {}
+    after = space(**lines(methods=before.space.methods, outside="first", **dense)).bind(family(30))
+    params = draw(before, 5) | {"all.lambda": 0.8, "all.density": 0.3}
+    recipe = before.decode({p.name: params[p.name] for p in before.parameters})
+    assert after.decode(after.encode(recipe)).digest == recipe.digest
+
+
 def test_several_methods_make_the_method_a_parameter():
     bound = shipped("mixed").bind(family())
     choices = [p for p in bound.parameters if isinstance(p, CategoricalParameter)]
@@ -233,6 +292,14 @@ def test_seed_and_module_patterns_travel_with_the_recipe():
             r"density is 1.3, but it is the fraction.*must be in \(0, 1\]; change `low`/`high` of `density`",
         ),
         ({"methods": ["ties"], "parameters": {"density": {"low": 0.1, "high": 1.0}}}, "weight` is missing"),
+        ({"parameters": {}, "constants": {"weight": 1.0}}, "weight` is missing"),
+        (lines(parameters={}), r"weight is missing.*set `constants.weight`"),
+        (lines(methods=["linear"]), "scales `lambda`, which `linear` has not; use `layers.smooth`, or.*ties"),
+        (lines(constants={"lambda": 0.5}), "`constants.lambda` and `layers.lines` both set `lambda`"),
+        (
+            lines(parameters={"weight": {"low": 0, "high": 1}, "lambda": {"low": 0, "high": 1}}),
+            "`parameters.lambda` and `layers.lines` both set `lambda`; remove",
+        ),
     ],
 )
 def test_a_space_that_does_not_fit_is_refused(fields: dict[str, object], message: str):

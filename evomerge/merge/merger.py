@@ -120,6 +120,7 @@ class Merger:
             shape=tuple(base.shape),
             seeds=op.seeds,
             where=f"{op.cell}, tensor `{op.tensor}`",
+            name=op.tensor,
             chunk=self._chunk,
             once=_Once(self._cache, op.tensor),
         )

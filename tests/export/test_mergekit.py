@@ -12,18 +12,23 @@ import pytest
 import torch
 import yaml
 
+from evomerge.build import family_of
 from evomerge.errors import ExportError
 from evomerge.export.bundle import base_dtype, export_model
 from evomerge.export.mergekit import _filters, mergekit_documents, mergekit_text, places
 from evomerge.export.mergekit_merge import merge_mergekit
+from evomerge.merge.merger import Merger
 from evomerge.merge.methods import SPECS
+from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Cell, Recipe, Setting
 from evomerge.sources.layout import Layout
 from evomerge.sources.source_set import SourceSet
+from evomerge.space import SearchSpace
 from tests.export.conftest import weights_of
 
 Cells = dict[Cell, Setting]
 MODELS = ("math", "code", "far", "lora", "odd")
+OURS = ("compeft", "emr", "iso_c", "pcb", "tsvm", "widen")
 ATTENTION, MLP, NORM = "attention", "mlp", "norm"
 EMBEDDING, FINAL = Cell(None, "embedding"), Cell(None, NORM)
 
@@ -436,6 +441,37 @@ def test_a_method_that_mergekit_has_not_is_refused(family: SourceSet):
     recipe = Recipe("base", family.models, CASES["ties"].cells)
     with pytest.raises(ExportError, match=r"mergekit 0\.1\.5 has no method `ties`"):
         mergekit_documents(recipe, family.layout(), own, places(family), "bfloat16")
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_a_method_of_ours_is_refused_and_merged_into_a_folder(family: SourceSet, tmp_path: Path, method: str):
+    layout = family.layout()
+    setting = Setting(method, {}, weighted(math=0.5, code=0.4, lora=0.3))
+    recipe = Recipe("base", family.models, dict.fromkeys(layout.by_cell, setting))
+    with pytest.raises(ExportError, match=f"mergekit 0.1.5 has no method `{method}`; merge with `evomerge"):
+        mergekit_documents(recipe, layout, SPECS, places(family), "bfloat16")
+    export_model(tmp_path / "model", recipe, family, layout, max_shard_bytes=10**9)
+    plan = MergePlan.compile(recipe, layout)
+    written = weights_of(tmp_path / "model")
+    for name, tensor in Merger(family, cache_bytes=10**8).materialize(plan):
+        assert torch.equal(written[name], tensor)
+        assert not torch.equal(tensor, family.base_tensor(name))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_lines_are_one_document_with_a_value_per_layer(family: SourceSet, method: str):
+    bounds = {"alpha": {"low": 0.0, "high": 1.0}, "beta": {"low": 0.0, "high": 1.0}}
+    space = SearchSpace(
+        layers={"lines": bounds}, outside="first", methods=[method], parameters={}, constants={"weight": 1.0}
+    )
+    layout = family.layout()
+    recipe = space.bind(family_of(family, layout)).decode({"all.lines.alpha": 0.3, "all.lines.beta": 0.6})
+    (document,) = mergekit_documents(recipe, layout, SPECS, places(family), "bfloat16")
+    weights = document["models"][0]["parameters"]["weight"]
+    for cell, names in layout.by_cell.items():
+        for name in names:
+            scale = first_match(document["parameters"]["lambda"], name) * first_match(weights, name)
+            assert scale == pytest.approx(0.3 + 0.6 * (cell.layer or 0) / 3)
 
 
 def test_a_path_that_mergekit_multi_cannot_read_is_refused(family: SourceSet):

@@ -45,6 +45,7 @@ def merge() -> Callable[..., torch.Tensor]:
         *,
         seeds: tuple[int, ...] = (),
         chunk: int = CHUNK,
+        **fields: Any,
     ) -> torch.Tensor:
         method = METHODS[setting.method]
         inputs = TensorInputs(
@@ -55,6 +56,7 @@ def merge() -> Callable[..., torch.Tensor]:
             shape=tuple(base.shape),
             seeds=seeds,
             chunk=chunk,
+            **fields,
         )
         return method.merge(inputs)
 

@@ -75,6 +75,9 @@ def random_setting(name: str, rng: random.Random) -> Setting:
         "select_topk": [0.0, 1.0, 0.5, rng.uniform(0, 1)],
         "r": [0.0, 0.1, 2.0],
         "alpha": [0.0, 0.2, 3.0],
+        "clip": [0.0, 1e-4, 0.1],
+        "ratio": [0.5, 1.0, rng.uniform(0, 2)],
+        "calibration": [1.0, 0.4, rng.uniform(0, 2)],
     }
     positive = rng.random() < 0.5
 

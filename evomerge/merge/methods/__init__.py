@@ -3,7 +3,8 @@
 A method is added by adding one module to this folder that exposes `METHODS: tuple[Method, ...]`; modules
 whose name begins with an underscore are shared code. No module here imports torch at its top level.
 
-Imports: `evomerge.recipe`, `evomerge.errors`; torch, `evomerge.merge.mask` and `.magnitude` inside functions.
+Imports: `evomerge.recipe`, `evomerge.errors`, `evomerge.sources.layout`; torch, `evomerge.merge.mask` and
+`.magnitude` inside functions.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class TensorInputs:
         shape: shape of the tensor, for methods that work on rows or matrices.
         seeds: one seed per model in [0, 2**32), empty for methods that are not random.
         where: cell and tensor, for messages.
+        name: the tensor's name, for methods that treat embeddings apart.
         chunk: the kernel is never asked for more entries than this at once.
         once: remembers what depends only on sources, from one candidate to the next.
     """
@@ -69,6 +70,7 @@ class TensorInputs:
     shape: tuple[int, ...]
     seeds: Sequence[int] = ()
     where: str = "tensor"
+    name: str = ""
     chunk: int = CHUNK
     once: Once = compute_again
 
