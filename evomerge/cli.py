@@ -18,6 +18,8 @@ from evomerge import __version__
 from evomerge.errors import EvomergeError
 
 if TYPE_CHECKING:
+    from evomerge.inspect.inspection import Inspection
+    from evomerge.inspect.sums import By
     from evomerge.study.final import Result
 
 app = typer.Typer(
@@ -216,6 +218,90 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return "\n".join(_shown(inner) for inner in value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def inspect(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL",
+            help="Models as NAME=PLACE or PLACE: a folder, a hub id (org/name@revision), or a LoRA adapter "
+            "for the base. Or one run file, whose base and models are taken.",
+        ),
+    ],
+    base: Annotated[str | None, typer.Option(help="The base model: a folder or a hub id.")] = None,
+    by: Annotated[str | None, typer.Option(help="Long tables too: layer, module or cell (both).")] = None,
+    module: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATTERN", help="Tensors with PATTERN in their name form module NAME."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one HTML page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far models moved from their base, how alike they are, and where they conflict."""
+    from evomerge.inspect.page import write_page
+    from evomerge.inspect.tables import as_json as inspection_json
+    from evomerge.inspect.tables import check_by
+
+    way = check_by(by)
+    inspection = _inspected(models, base, module or [])
+    if html is not None:
+        write_page(inspection, html)
+        err.print(f"Wrote {html}", markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        sys.stdout.write(json.dumps(inspection_json(inspection), indent=1, allow_nan=False) + "\n")
+        return
+    _print_inspection(inspection, way)
+
+
+def _inspected(models: list[str], base: str | None, modules: list[str]) -> Inspection:
+    from rich.progress import Progress
+
+    from evomerge.errors import ConfigError
+    from evomerge.inspect.inspection import inspect_models
+    from evomerge.inspect.places import named_places, patterns, place
+
+    extra = patterns(modules)
+    run_files = [text for text in models if text.endswith((".yaml", ".yml"))]
+    if run_files and (base is not None or len(models) > 1):
+        raise ConfigError(f"`{run_files[0]}` names base and models; give it alone, or --base and models")
+    if run_files:
+        from evomerge.config import load_config
+
+        loaded = load_config(Path(run_files[0]))
+        start, refs = loaded.base(), loaded.models()
+        extra = {**loaded.config.modules, **extra}
+    elif base is None:
+        raise ConfigError(
+            "--base is missing; give the model that the others were trained from, or a run file"
+        )
+    else:
+        start, refs = place(base, "base `base`"), named_places(models)
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("tensors")
+        return inspect_models(
+            start, refs, modules=extra, progress=lambda n, all_: bar.update(task, completed=n, total=all_)
+        )
+
+
+def _print_inspection(inspection: Inspection, by: By | None) -> None:
+    from evomerge.inspect import tables
+
+    for line in tables.problem_lines(inspection):
+        out.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    shown = [tables.model_table(inspection), tables.pair_table(inspection)]
+    if by is not None:
+        shown += [tables.long_model_table(inspection, by), tables.long_pair_table(inspection, by)]
+    shown.append(tables.difference_table(inspection))
+    for header, rows in shown:
+        if rows:
+            _print_table(header, rows)
+            out.print()
+    notes = [tables.difference_line(inspection), tables.kinship_line(inspection)]
+    for note in (*notes, f"Equal magnitudes: {tables.NOTES['equal magnitudes']}"):
+        if note is not None:
+            out.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -21,6 +21,7 @@ ORDER = (
     "resources",
     "recipe",
     "sources",
+    "inspect",
     "search",
     "layers",
     "space",

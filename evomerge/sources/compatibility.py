@@ -34,27 +34,35 @@ SAME_SETTINGS = ("num_attention_heads", "num_key_value_heads", "hidden_act")
 def check(source_set: SourceSet) -> None:
     """Compare every source with the base.
 
-    A full checkpoint needs the base's architecture, vocabulary, tensor names, shapes and tokenizer; chat
-    templates may differ. An adapter needs targets that the base has, in the base's shapes, and no token
-    whose id differs from the base's.
-
     Raises:
         CompatibilityError: one line per source that does not fit, each with its first problem.
     """
-    base = source_set.base
-    tokens = vocabulary(base.folder)
-    problems: dict[str, str | None] = {}
-    if is_tied(base):
-        problems[f"base `{source_set.base_name}`"] = copy_problem(base)
-    for name, source in source_set.sources.items():
-        if isinstance(source, Adapter):
-            problem = _adapter(source, source_set, tokens)
-        else:
-            problem = _full(source, source_set, tokens)
-        problems[f"model `{name}`"] = problem
-    lines = [f"{where}: {problem}" for where, problem in problems.items() if problem]
+    lines = [
+        f"{'base' if name == source_set.base_name else 'model'} `{name}`: {problem}"
+        for name, problem in problems(source_set).items()
+    ]
     if lines:
         raise CompatibilityError("\n".join(lines))
+
+
+def problems(source_set: SourceSet) -> dict[str, str]:
+    """The first problem of every source that cannot be merged, by name, base first.
+
+    A full checkpoint needs the base's architecture, vocabulary, tensor names, shapes and tokenizer; chat
+    templates may differ. An adapter needs targets that the base has, in the base's shapes, and no token
+    whose id differs from the base's.
+    """
+    base = source_set.base
+    tokens = vocabulary(base.folder)
+    found: dict[str, str | None] = {}
+    if is_tied(base):
+        found[source_set.base_name] = copy_problem(base)
+    for name, source in source_set.sources.items():
+        if isinstance(source, Adapter):
+            found[name] = _adapter(source, source_set, tokens)
+        else:
+            found[name] = _full(source, source_set, tokens)
+    return {name: problem for name, problem in found.items() if problem}
 
 
 def _full(model: Checkpoint, source_set: SourceSet, tokens: Mapping[str, int] | None) -> str | None:

@@ -54,17 +54,26 @@ class SourceSet:
         self.tensor_names = mergeable(base)
 
     @classmethod
-    def open(cls, base: SourceRef, models: Mapping[str, SourceRef], base_name: str = "base") -> SourceSet:
+    def open(
+        cls,
+        base: SourceRef,
+        models: Mapping[str, SourceRef],
+        base_name: str = "base",
+        *,
+        checked: bool = True,
+    ) -> SourceSet:
         """Resolve, open and check every source; reads headers and JSON files, no weights.
 
         Args:
             base: a full model.
             models: name -> full model or adapter.
             base_name: name of the base; no model may have it.
+            checked: refuse sources that do not fit the base. Without the check, `delta` is only for tensors
+                that model and base have in one shape.
 
         Raises:
             SourceError: a source is missing or cannot be read, or the base is an adapter.
-            CompatibilityError: a source does not fit the base.
+            CompatibilityError: a source does not fit the base (only when `checked`).
         """
         if base.adapter is not None:
             raise SourceError(f"base `{base_name}`: `{base.adapter}` is an adapter; give a full model")
@@ -74,7 +83,8 @@ class SourceSet:
         assert isinstance(opened, Checkpoint)  # as base.adapter is None
         sources = {name: _open(ref, f"model `{name}`") for name, ref in models.items()}
         result = cls(base_name, opened, sources, {base_name: base, **models})
-        check(result)
+        if checked:
+            check(result)
         return result
 
     def layout(self, modules: Mapping[str, Iterable[str]] | None = None) -> Layout:
@@ -92,8 +102,10 @@ class SourceSet:
         source = self.sources[model]
         return not isinstance(source, Adapter) or name in source.pairs or name in source.full
 
-    def delta(self, model: str, name: str) -> torch.Tensor | None:
+    def delta(self, model: str, name: str, base: torch.Tensor | None = None) -> torch.Tensor | None:
         """Task vector of one tensor: float32 on the CPU, shaped like the base's tensor.
+
+        `base` is the base's tensor when the caller has read it already.
 
         None when the model leaves the tensor as it is: an adapter without it, or a checkpoint whose tensor
         equals the base's. Tensors that are not floating point are never changed.
@@ -101,10 +113,14 @@ class SourceSet:
         if not self.may_change(model, name):
             return None
         source = self.sources[model]
+
+        def start() -> torch.Tensor:
+            return self.base.read(name) if base is None else base
+
         if not isinstance(source, Adapter):
-            return _difference(source.read(name), self.base.read(name))
+            return _difference(source.read(name), start())
         replacement, product = source.replacement(name), source.delta(name)
-        moved = None if replacement is None else _difference(replacement, self.base.read(name))
+        moved = None if replacement is None else _difference(replacement, start())
         if moved is None or product is None:
             return product if moved is None else moved
         return moved + product
