@@ -6,16 +6,18 @@ class, so a query collects the few entries of that class in one pass and selects
 
 Exactly k entries are kept; among equal magnitudes those that come first in flat order, or last if asked.
 
-Imports: numpy, torch, `evomerge.sources`.
+Imports: numpy, torch, `evomerge.merge.compiled`, `evomerge.sources`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from evomerge.merge.compiled import available, members
 from evomerge.sources.streamed import TaskVector
 
 BLOCK = 1 << 16  # entries looked at in one step of a query; they stay in the processor's cache
@@ -68,6 +70,9 @@ class Band:
             above = torch.empty_like(out)
             self.inner.write(delta, low, high, above)
             out.sub_(above)  # d - d and d - 0 are exact
+
+
+NOTHING = Cut(math.inf, -1, math.inf)  # keeps no entry
 
 
 class MagnitudeIndex:
@@ -143,6 +148,9 @@ def _members(delta: TaskVector, number: int) -> tuple[torch.Tensor, torch.Tensor
         whole = delta[:]
         positions = torch.nonzero((whole.view(integers) & mask) == wanted).flatten()
         return positions, whole[positions].abs_()
+    if isinstance(delta, torch.Tensor) and available():
+        positions = torch.from_numpy(members(delta.view(integers).numpy(), mask, wanted))
+        return positions, delta[positions].abs_()
     found, values = [], []  # torch compares and finds several times slower than numpy
     work = np.empty(BLOCK, np.int32 if integers == torch.int32 else np.int64)
     for begin in range(0, delta.numel(), BLOCK):

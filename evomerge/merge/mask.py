@@ -4,18 +4,36 @@ A mask is a pure function of (seed, flat index of the whole tensor). So the orde
 merged, chunking, the device and a shard's offset cannot change it, and for one seed the kept sets are nested
 in the density: a larger density keeps all that a smaller one keeps.
 
-Imports: torch only.
+Imports: torch, `evomerge.sources`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
+from evomerge.sources.streamed import TaskVector
+
 BLOCK = 32_000  # entries hashed at once: temporaries stay in cache; it cannot change a mask
 _WORD = 1 << 32
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which entries of a task vector are kept.
+
+    Attributes:
+        keep: `(n,)` bool.
+    """
+
+    keep: torch.Tensor
+
+    def write(self, delta: TaskVector, low: int, high: int, out: torch.Tensor) -> None:
+        """Put entries [low, high) of the flat `delta` into `out`, zero where they are not kept."""
+        torch.mul(delta[low:high], self.keep[low:high], out=out)
 
 
 def keep_mask(

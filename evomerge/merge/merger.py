@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 
 from evomerge.errors import RecipeError
+from evomerge.merge.fused import fits, merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods._method import CHUNK, TensorInputs
 from evomerge.merge.plan import MergePlan, TensorOp
@@ -126,6 +127,10 @@ class Merger:
         )
         kernel = method.kernel(inputs)
         merged = torch.empty_like(inputs.base)
+        if fits(kernel, inputs.base):
+            if not merge(kernel, inputs.base, merged):
+                raise _not_finite(inputs)
+            return merged.reshape(base.shape)
         work = inputs.scratch(1)[0]
         check = torch.zeros((), device=self._device)
         for low in range(0, merged.numel(), self._chunk):
@@ -135,10 +140,7 @@ class Merger:
             check += merged[low:high].copy_(part).sum()
         # one test per tensor; a finite tensor whose sum overflows is looked at again
         if not check.isfinite() and not merged.isfinite().all():
-            raise RecipeError(
-                f"{inputs.where}: {op.setting.method} gives values that are not finite in {base.dtype}; "
-                "its weights are too large for this tensor, or a source holds such values"
-            )
+            raise _not_finite(inputs)
         return merged.reshape(base.shape)
 
     def _delta(self, model: str, tensor: str, streamed: torch.Tensor | None) -> TaskVector | None:
@@ -153,6 +155,13 @@ class Merger:
             return None if delta is None else delta.to(self._device, torch.float32).reshape(-1)
 
         return self._cache.get((tensor, "delta", model), read)
+
+
+def _not_finite(inputs: TensorInputs) -> RecipeError:
+    return RecipeError(
+        f"{inputs.where}: {inputs.setting.method} gives values that are not finite in {inputs.base.dtype}; "
+        "its weights are too large for this tensor, or a source holds such values"
+    )
 
 
 class _Entry(NamedTuple):

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from evomerge.merge.methods._method import CHUNK, Kernel, TensorInputs
 from evomerge.recipe import BASE_COPY, DECIMALS, ParameterSpec, Setting, rounded
@@ -48,11 +48,15 @@ def rescale(default: bool) -> ParameterSpec:
     )
 
 
-# `write(low, high, out)` puts entries [low, high) of a task vector into `out`
-Write = Callable[[int, int, "torch.Tensor"], None]
+class Kept(Protocol):
+    """What a sparsifier keeps of one task vector."""
+
+    def write(self, delta: TaskVector, low: int, high: int, out: torch.Tensor) -> None:
+        """Put entries [low, high) of `delta` into `out`, zero where they are not kept."""
+        ...
 
 
-Sparsify = Callable[[TensorInputs, int, "TaskVector", float], Write]
+Sparsify = Callable[[TensorInputs, int, "TaskVector", float], Kept]
 
 # default by name of the parameters that a sparsifier has for each model beside `density`
 Extra = Mapping[str, float]
@@ -61,15 +65,29 @@ NO_EXTRA: Extra = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Term:
-    """One model's part in a merge.
+    """One model's part in a merge: factor * kept(delta).
 
     Attributes:
-        write: puts weight * rescaled(sparsified(delta)) into its output.
+        delta: the task vector.
+        kept: what of it takes part; None: everything.
+        factor: the weight times what rescaling asks for.
         weight: what it counts in the divisor.
     """
 
-    write: Write
+    delta: TaskVector
+    kept: Kept | None
+    factor: float
     weight: float
+
+    def write(self, low: int, high: int, out: torch.Tensor) -> None:
+        """Put entries [low, high) into `out`."""
+        import torch
+
+        if self.kept is None:
+            torch.mul(self.delta[low:high], self.factor, out=out)
+        else:
+            self.kept.write(self.delta, low, high, out)
+            out.mul_(self.factor)
 
 
 def gta(inputs: TensorInputs, *, sparsify: Sparsify | None, consensus: bool) -> Kernel:
@@ -78,8 +96,8 @@ def gta(inputs: TensorInputs, *, sparsify: Sparsify | None, consensus: bool) -> 
     Args:
         inputs: of one tensor; `setting` has `weight` (and `density` with a sparsifier) per model, `lambda`,
             `normalize` (and `rescale`) shared.
-        sparsify: `(inputs, index of the model, its task vector, density) -> Write`, what survives, unscaled;
-            called for densities below 1 only. None: all entries are kept.
+        sparsify: `(inputs, index of the model, its task vector, density) -> what survives`; called for
+            densities below 1 only. None: all entries are kept.
         consensus: elect a sign per entry, that of the sum (+ for zero), and keep what agrees with it.
     """
     terms = [
@@ -87,15 +105,16 @@ def gta(inputs: TensorInputs, *, sparsify: Sparsify | None, consensus: bool) -> 
         for index, (delta, weight) in enumerate(zip(inputs.deltas, inputs.values("weight"), strict=True))
         if delta is not None and weight != 0.0
     ]
-    normalized, scale = inputs.parameter("normalize"), inputs.parameter("lambda")
     if not terms:
         return lambda low, high, out: None
-    if consensus and len(terms) > 1:
-        return _elected(inputs, terms, normalized, scale)
+    normalized, scale = bool(inputs.parameter("normalize")), float(inputs.parameter("lambda"))
+    elected = consensus and len(terms) > 1
     # a single term always agrees with itself: its divisor is its own weight
     total = terms[0].weight if consensus else math.fsum(inputs.values("weight"))
     small = not consensus and abs(total) < SMALLEST_DIVISOR
-    return _summed(inputs, terms, total if normalized and not small else 1.0, scale)
+    divisor = total if normalized and not small and not elected else 1.0
+    scratch = inputs.scratch(len(terms) + 3 if elected else 2)
+    return GtaKernel(tuple(terms), elected, normalized, divisor, scale, scratch)
 
 
 def _term(
@@ -103,102 +122,99 @@ def _term(
 ) -> Term:
     density = 1.0 if sparsify is None else inputs.values("density")[index]
     if sparsify is None or density >= 1.0:
-        return Term(_scaled(delta, weight), weight)
-    write = sparsify(inputs, index, delta, density)
-    factor = weight
+        return Term(delta, None, weight, weight)
+    kept, factor = sparsify(inputs, index, delta, density), weight
     if inputs.parameter("rescale"):
-        n = delta.numel()
-        before = inputs.once(("l1", inputs.models[index]), lambda: l1(_scaled(delta, 1.0), n, delta))
-        after = l1(write, n, delta)
+        before = inputs.once(("l1", inputs.models[index]), lambda: l1(Term(delta, None, 1.0, 1.0)))
+        after = l1(Term(delta, kept, 1.0, 1.0))
         if before >= SMALLEST_NORM and after >= SMALLEST_NORM:
             factor *= before / after
-
-    def write_scaled(low: int, high: int, out: torch.Tensor) -> None:
-        write(low, high, out)
-        out.mul_(factor)
-
-    return Term(write_scaled, weight)
+    return Term(delta, kept, factor, weight)
 
 
-def _scaled(delta: TaskVector, factor: float) -> Write:
-    import torch
-
-    def write(low: int, high: int, out: torch.Tensor) -> None:
-        torch.mul(delta[low:high], factor, out=out)
-
-    return write
-
-
-def l1(write: Write, n: int, like: TaskVector) -> float:
-    """Sum of the magnitudes of the `n` entries that `write` writes, accumulated in float64.
+def l1(term: Term) -> float:
+    """Sum of the magnitudes of a term's entries, accumulated in float64.
 
     The blocks do not depend on the caller's chunk, so neither does the last bit of the sum.
     """
     import torch
 
+    n, like = term.delta.numel(), term.delta
     total = torch.zeros((), dtype=torch.float64, device=like.device)
     block = torch.empty(min(CHUNK, n), dtype=like.dtype, device=like.device)
     for low in range(0, n, CHUNK):
         part = block[: min(CHUNK, n - low)]
-        write(low, low + part.numel(), part)
+        term.write(low, low + part.numel(), part)
         total += part.abs_().sum(dtype=torch.float64)
     return float(total)
 
 
-def _summed(inputs: TensorInputs, terms: list[Term], divisor: float, scale: float) -> Kernel:
-    """base + scale * (sum of the terms) / divisor, added from the first model to the last."""
-    scratch = inputs.scratch(2)
+@dataclass(frozen=True)
+class GtaKernel:
+    """The elementwise rest of a merge of this family.
 
-    def run(low: int, high: int, out: torch.Tensor) -> None:
-        mix, x = scratch[:, : high - low]
-        for index, term in enumerate(terms):
+    Attributes:
+        terms: one or more, in the setting's order.
+        elected: whether entries that disagree with the sign of the sum are left out.
+        normalized: with `elected`: divide by the sum of the weights that agree.
+        divisor: without `elected`: of the sum.
+        scale: lambda.
+        scratch: `(rows, m)` buffers.
+    """
+
+    terms: tuple[Term, ...]
+    elected: bool
+    normalized: bool
+    divisor: float
+    scale: float
+    scratch: torch.Tensor
+
+    def __call__(self, low: int, high: int, out: torch.Tensor) -> None:
+        """See `Kernel`."""
+        (self._elect if self.elected else self._sum)(low, high, out)
+
+    def _sum(self, low: int, high: int, out: torch.Tensor) -> None:
+        """base + scale * (sum of the terms) / divisor, added from the first model to the last."""
+        mix, x = self.scratch[:, : high - low]
+        for index, term in enumerate(self.terms):
             term.write(low, high, x if index else mix)
             if index:
                 mix.add_(x)
-        _finish(mix, divisor, scale, out)
+        if self.divisor != 1.0:
+            mix.div_(self.divisor)
+        self._finish(mix, out)
 
-    return run
+    def _elect(self, low: int, high: int, out: torch.Tensor) -> None:
+        """As `_sum`, over the entries whose sign is that of the sum; Yadav 2023, section 4, steps 2 and 3."""
+        import torch
 
-
-def _elected(inputs: TensorInputs, terms: list[Term], normalized: bool, scale: float) -> Kernel:
-    """As `_summed`, over the entries whose sign is that of the sum; Yadav 2023, section 4, steps 2 and 3."""
-    import torch
-
-    scratch = inputs.scratch(len(terms) + 3)
-    one = torch.ones((), dtype=inputs.dtype, device=inputs.base.device)
-    least = min(term.weight for term in terms)
-
-    def run(low: int, high: int, out: torch.Tensor) -> None:
-        mix, sign, divisor, *xs = scratch[:, : high - low]
+        mix, sign, divisor, *xs = self.scratch[:, : high - low]
+        one = torch.ones((), dtype=out.dtype, device=out.device)
         sign.zero_()
-        for term, x in zip(terms, xs, strict=True):
+        for term, x in zip(self.terms, xs, strict=True):
             term.write(low, high, x)
             sign.add_(x)
         torch.copysign(one, sign, out=sign)  # a sum of +0.0 elects +; -0.0 occurs only where all are zero
         mix.zero_()
         divisor.zero_()
-        for term, x in zip(terms, xs, strict=True):
+        for term, x in zip(self.terms, xs, strict=True):
             mix.add_(x.mul_(sign).clamp_(min=0.0))  # what disagrees is negative now
-            if normalized:
+            if self.normalized:
                 divisor.add_(x.sign_(), alpha=term.weight)
         mix.mul_(sign)
-        if normalized:
+        if self.normalized:
+            least = min(term.weight for term in self.terms)
             if least > 0.0:  # a divisor is 0 or at least this; several times faster than a masked fill
                 divisor.clamp_(min=least)
             else:
                 divisor.masked_fill_(divisor == 0.0, 1.0)
             mix.div_(divisor)
-        _finish(mix, 1.0, scale, out)
+        self._finish(mix, out)
 
-    return run
-
-
-def _finish(mix: torch.Tensor, divisor: float, scale: float, out: torch.Tensor) -> None:
-    if divisor != 1.0:
-        mix.div_(divisor)
-    if scale != 1.0:
-        mix.mul_(scale)
-    out.add_(mix)
+    def _finish(self, mix: torch.Tensor, out: torch.Tensor) -> None:
+        if self.scale != 1.0:
+            mix.mul_(self.scale)
+        out.add_(mix)
 
 
 def canonical_sum(setting: Setting, extra: Extra = NO_EXTRA) -> Setting:

@@ -15,7 +15,7 @@ from evomerge.merge.methods._gta import (
     DENSITY,
     LAMBDA,
     WEIGHT,
-    Write,
+    Kept,
     canonical_consensus,
     canonical_sum,
     gta,
@@ -26,8 +26,6 @@ from evomerge.merge.methods._method import Kernel, Method, TensorInputs
 from evomerge.recipe import MethodSpec, ParameterSpec, Setting
 
 if TYPE_CHECKING:
-    import torch
-
     from evomerge.sources.streamed import TaskVector
 
 GAMMA = ParameterSpec(
@@ -36,27 +34,17 @@ GAMMA = ParameterSpec(
 EXTRA = {"gamma": 0.01}
 
 
-def band(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Write:
+def band(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Kept:
     """The `int(density * n)` largest magnitudes below the outliers; nothing when that number is 0."""
-    from evomerge.merge.magnitude import MagnitudeIndex
+    from evomerge.merge.magnitude import NOTHING, MagnitudeIndex
 
     n, model = delta.numel(), inputs.models[index]
     kept = int(density * n)
     if kept == 0:
-        return nothing
+        return NOTHING
     ranks = inputs.once(("magnitudes", model), lambda: MagnitudeIndex(delta))
     outliers = min(int(inputs.values("gamma")[index] * n), n - kept)
-    chosen = ranks.between(delta, outliers, kept)
-
-    def write(low: int, high: int, out: torch.Tensor) -> None:
-        chosen.write(delta, low, high, out)
-
-    return write
-
-
-def nothing(low: int, high: int, out: torch.Tensor) -> None:
-    """No entry kept."""
-    out.zero_()
+    return ranks.between(delta, outliers, kept)
 
 
 def linear_kernel(inputs: TensorInputs) -> Kernel:

@@ -13,7 +13,7 @@ from evomerge.merge.methods._gta import (
     DENSITY,
     LAMBDA,
     WEIGHT,
-    Write,
+    Kept,
     canonical_consensus,
     canonical_sum,
     gta,
@@ -24,26 +24,14 @@ from evomerge.merge.methods._method import Kernel, Method, TensorInputs
 from evomerge.recipe import MethodSpec, Setting
 
 if TYPE_CHECKING:
-    import torch
-
     from evomerge.sources.streamed import TaskVector
 
 
-def drop(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Write:
+def drop(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Kept:
     """Each entry kept with probability `density`."""
-    from evomerge.merge.mask import keep_mask
+    from evomerge.merge.mask import Mask, keep_mask
 
-    return masked(delta, keep_mask(inputs.seeds[index], density, delta.numel(), device=delta.device))
-
-
-def masked(delta: TaskVector, keep: torch.Tensor) -> Write:
-    """The entries of `delta` where `keep`, bool of its shape, is true."""
-    import torch
-
-    def write(low: int, high: int, out: torch.Tensor) -> None:
-        torch.mul(delta[low:high], keep[low:high], out=out)
-
-    return write
+    return Mask(keep_mask(inputs.seeds[index], density, delta.numel(), device=delta.device))
 
 
 def linear_kernel(inputs: TensorInputs) -> Kernel:

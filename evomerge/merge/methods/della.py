@@ -24,7 +24,7 @@ from evomerge.merge.methods._gta import (
     DENSITY,
     LAMBDA,
     WEIGHT,
-    Write,
+    Kept,
     canonical_consensus,
     canonical_sum,
     gta,
@@ -32,7 +32,7 @@ from evomerge.merge.methods._gta import (
     rescale,
 )
 from evomerge.merge.methods._method import Kernel, Method, TensorInputs
-from evomerge.merge.methods.dare import drop, masked
+from evomerge.merge.methods.dare import drop
 from evomerge.recipe import MethodSpec, ParameterSpec, Setting
 
 if TYPE_CHECKING:
@@ -61,16 +61,16 @@ EPSILON = ParameterSpec(
 EXTRA = {"epsilon": 0.15}
 
 
-def thin(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Write:
+def thin(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Kept:
     """Each entry kept with the probability of its rank; for epsilon 0 DARE's entries, bit by bit."""
-    from evomerge.merge.mask import keep_mask_by_class
+    from evomerge.merge.mask import Mask, keep_mask_by_class
 
     epsilon = inputs.values("epsilon")[index]
     if epsilon == 0.0:
         return drop(inputs, index, delta, density)
     ranks = inputs.once(("row ranks", inputs.models[index]), lambda: row_ranks(delta[:], inputs.shape))
     chances = keep_probabilities(density, epsilon, row_length(inputs.shape))
-    return masked(delta, keep_mask_by_class(inputs.seeds[index], chances, ranks))
+    return Mask(keep_mask_by_class(inputs.seeds[index], chances, ranks))
 
 
 def row_length(shape: tuple[int, ...]) -> int:

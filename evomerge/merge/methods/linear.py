@@ -6,6 +6,7 @@ Imports: `evomerge.recipe`, `evomerge.errors`; torch inside functions only.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evomerge.errors import RecipeError
@@ -15,6 +16,8 @@ from evomerge.recipe import MethodSpec, ParameterSpec, Setting, rounded
 
 if TYPE_CHECKING:
     import torch
+
+    from evomerge.sources.streamed import TaskVector
 
 SMALLEST_SUM = 1e-8  # weights that sum to less than this in absolute value cannot be normalised
 
@@ -37,16 +40,35 @@ def kernel(inputs: TensorInputs) -> Kernel:
             f"{inputs.where}: the weights of linear sum to {divisor:g}, and an average divides by that sum; "
             "change a weight or set `normalize` to false"
         )
-    total, source = inputs.scratch(2)
+    return LinearKernel(factors, tuple(inputs.deltas), divisor, inputs.scratch(2))
 
-    def run(low: int, high: int, out: torch.Tensor) -> None:
-        acc = total[: high - low].zero_()
-        for factor, delta in zip(factors.unbind(), inputs.deltas, strict=True):
-            theta = out if delta is None else torch.add(out, delta[low:high], out=source[: high - low])
-            acc.addcmul_(theta, factor)
-        out.copy_(acc if divisor == 1.0 else acc.div_(divisor))
 
-    return run
+@dataclass(frozen=True)
+class LinearKernel:
+    """sum_i f_i theta_i / divisor, added from the first model to the last.
+
+    Attributes:
+        factors: `(N,)` f_i.
+        deltas: theta_i - base.
+        divisor: of the sum.
+        scratch: `(2, m)` buffers.
+    """
+
+    factors: torch.Tensor
+    deltas: tuple[TaskVector | None, ...]
+    divisor: float
+    scratch: torch.Tensor
+
+    def __call__(self, low: int, high: int, out: torch.Tensor) -> None:
+        """See `Kernel`."""
+        import torch
+
+        total, source = self.scratch[:, : high - low]
+        total.zero_()
+        for factor, delta in zip(self.factors.unbind(), self.deltas, strict=True):
+            theta = out if delta is None else torch.add(out, delta[low:high], out=source)
+            total.addcmul_(theta, factor)
+        out.copy_(total if self.divisor == 1.0 else total.div_(self.divisor))
 
 
 def keeps_base(setting: Setting) -> bool:

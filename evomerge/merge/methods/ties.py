@@ -14,7 +14,7 @@ from evomerge.merge.methods._gta import (
     DENSITY,
     LAMBDA,
     WEIGHT,
-    Write,
+    Kept,
     canonical_consensus,
     gta,
     normalize,
@@ -24,23 +24,16 @@ from evomerge.merge.methods._method import Kernel, Method, TensorInputs
 from evomerge.recipe import MethodSpec, Setting
 
 if TYPE_CHECKING:
-    import torch
-
     from evomerge.sources.streamed import TaskVector
 
 
-def trim(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Write:
+def trim(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Kept:
     """The `max(1, int(density * n))` largest magnitudes; among equal ones the first in flat order."""
     from evomerge.merge.magnitude import MagnitudeIndex
 
     model = inputs.models[index]
     ranks = inputs.once(("magnitudes", model), lambda: MagnitudeIndex(delta))
-    cut = ranks.largest(delta, max(1, int(density * delta.numel())))
-
-    def write(low: int, high: int, out: torch.Tensor) -> None:
-        cut.write(delta, low, high, out)
-
-    return write
+    return ranks.largest(delta, max(1, int(density * delta.numel())))
 
 
 def kernel(inputs: TensorInputs) -> Kernel:
