@@ -31,6 +31,7 @@ from evomerge.report.outcome import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = ("cma", "mixed", "tpe", "random")
+WITH_POPULATION = ("cma", "mixed")
 ITEMS = {"calibration": 16, "selection": 32, "held_out": 96}
 COMPOSITE = "spanish_math"
 Outcomes = dict[tuple[str, int], dict[str, Any]]  # by optimizer and seed
@@ -67,6 +68,8 @@ def write_run(folder: Path, optimizer: str, seed: int, item_evaluations: int) ->
     data["items"] = ITEMS
     data["budget"] = {"item_evaluations": item_evaluations}
     data["search"] = {**data.get("search", {}), "optimizer": optimizer}
+    if optimizer not in WITH_POPULATION:
+        del data["search"]["population_size"]
     data["selection"] = {"top": 3}
     data["fixed"] = {**data.get("fixed", {}), "screen_items": 8}
     data["export"] = {"model": False}
