@@ -56,7 +56,9 @@ def layered_config(sources: SourceSet, layers: Sequence[tuple[str, int]], where:
     if depth is None:
         raise RecipeError(f"{where}: config.json of the base has none of {', '.join(DEPTHS)}; add it")
     _check_rules(part, layers, where)
-    changed = {key: _by_layer(sources, key, layers, where) for key in _lists(part, int(part[depth]))}
+    changed: dict[str, Any] = {
+        key: _by_layer(sources, key, layers, where) for key in _lists(part, int(part[depth]))
+    }
     changed[depth] = len(layers)
     if part is config:
         return {**config, **changed}

@@ -132,8 +132,8 @@ def sliced(document: Document, rows: Any) -> Document:
     if first < last:
         raise RecipeError(
             f"{document.where}: the first of `slices` has {first} sources and the last {last}, where "
-            "mergekit leaves sources out of the final norm and the head; give the first slice the others too, with a "
-            "weight of 0"
+            "mergekit leaves sources out of the final norm and the head; give the first slice the others "
+            "too, with a weight of 0"
         )
     if not sum(part.count for part in slices):
         raise RecipeError(f"{document.where}: `slices` have no layers; widen a `layer_range`")
