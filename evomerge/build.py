@@ -33,6 +33,7 @@ from evomerge.evaluate.task import Suite
 from evomerge.export.bundle import export_model, export_recipe, model_card
 from evomerge.export.mergekit_merge import merge_mergekit
 from evomerge.export.mergekit_reader import is_mergekit
+from evomerge.export.mergekit_recipe import mergekit_recipe
 from evomerge.export.recipe_file import read_recipe
 from evomerge.merge.methods import SPECS
 from evomerge.merge.writer import Say, silent
@@ -456,13 +457,16 @@ def evaluate_model(
 ) -> tuple[Mapping[str, Score], float]:
     """Scores per task and fitness of a model folder, a hub id or a recipe file, on one split.
 
+    A mergekit YAML is a recipe file too where one recipe can say the same (`mergekit_recipe`).
+
     Raises:
         EvomergeError: what is wrong, and what to change.
     """
     suite = Suite.load(fitness, {split: limit} if limit else None)
     text = str(model)
     if text.endswith((".yaml", ".yml")):
-        recipe, sources, layout = open_recipe(Path(text))
+        path = Path(text)
+        recipe, sources, layout = mergekit_recipe(path) if is_mergekit(path) else open_recipe(path)
     else:
         sources = SourceSet.open(SourceRef(model=text), {})
         layout, recipe = sources.layout(), Recipe(sources.base_name, (), {})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from evomerge.errors import ConfigError
 
 Key = str | int
+T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -69,6 +70,25 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, not YAML, more than one document, a key given twice, or not a mapping.
     """
+    data = _parsed(path, lambda text: yaml.load(text, Loader=_Loader))
+    if not isinstance(data, dict):
+        found = "empty" if data is None else f"a {_kind(data)}"
+        raise ConfigError(
+            f"{path}: the file is {found}, but it must be a mapping of keys to values; add keys"
+        )
+    return data
+
+
+def load_documents(path: str | Path) -> list[Any]:
+    """Every document in the YAML file `path`, whatever its type; None for an empty one.
+
+    Raises:
+        ConfigError: no such file, not YAML, or a key given twice.
+    """
+    return _parsed(path, lambda text: list(yaml.load_all(text, Loader=_Loader)))
+
+
+def _parsed(path: str | Path, parse: Callable[[str], T]) -> T:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -76,17 +96,11 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}); check the path") from error
     try:
-        data = yaml.load(text, Loader=_Loader)
+        return parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {_yaml_problem(error)}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {error}; correct the file") from error
-    if not isinstance(data, dict):
-        found = "empty" if data is None else f"a {_kind(data)}"
-        raise ConfigError(
-            f"{path}: the file is {found}, but it must be a mapping of keys to values; add keys"
-        )
-    return data
 
 
 def validate(model_class: type[Model], data: Any, where: str | Path, path: Sequence[Key] = ()) -> Model:

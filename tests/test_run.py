@@ -79,6 +79,21 @@ def test_merging_the_winners_recipe_gives_what_the_engine_held(finished: World, 
     )
 
 
+def test_a_mergekit_file_is_scored_as_the_folder_that_it_merges_to(finished: World, tmp_path: Path):
+    path = tmp_path / "file.yaml"
+    path.write_text(
+        f"merge_method: ties\nbase_model: {finished.folder / 'base'}\nmodels:\n"
+        f"- {{model: {finished.folder / 'one'}, parameters: {{weight: [0.9, 0.2]}}}}\n"
+        f"- {{model: {finished.folder / 'two'}, parameters: {{weight: 0.6}}}}\n"
+        "parameters: {density: 0.5}\n"
+    )
+    suite = finished.folder / "suite.yaml"
+    folder = evomerge.merge_model(path, tmp_path / "model")
+    assert evomerge.evaluate_model(path, suite, device="cpu") == evomerge.evaluate_model(
+        folder, suite, device="cpu"
+    )
+
+
 def test_export_writes_the_winner_as_a_model_folder(finished: World, command: Command, tmp_path: Path):
     target = tmp_path / "winner"
     code, out, err = command("export", finished.run_dir, "--model", "--out", target)

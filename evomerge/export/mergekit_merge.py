@@ -5,29 +5,38 @@ are mergekit's; with `dtype: bfloat16` they are more exact than its own. Random 
 
 Named documents, and adapters of other models than the base, become temporary model folders beside the output.
 
-Imports: torch, `merge`, `sources`, `export.mergekit_reader`.
+Imports: torch, `merge`, `sources`, `export`.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from evomerge.errors import ExportError, RecipeError
-from evomerge.export.mergekit_reader import Document, ModelRef, Row, read_mergekit
+from evomerge.export.layer_config import layered_config
+from evomerge.export.mergekit_document import Document
+from evomerge.export.mergekit_layers import Output, layer_sources, sliced_outputs, whole_outputs
+from evomerge.export.mergekit_reader import read_mergekit
+from evomerge.export.mergekit_values import ModelRef, Row
 from evomerge.merge.cast import Float32Sources, cast
 from evomerge.merge.merger import Merger
 from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan, TensorOp
-from evomerge.merge.writer import MAX_SHARD_BYTES, Say, planned, silent, write_model
-from evomerge.recipe import Recipe
-from evomerge.sources.checkpoint import TORCH_DTYPES, Checkpoint
+from evomerge.merge.shards import Entry
+from evomerge.merge.writer import MAX_SHARD_BYTES, Say, planned, planned_entry, silent, write_model
+from evomerge.recipe import Recipe, Setting
+from evomerge.sources.checkpoint import TORCH_DTYPES
+from evomerge.sources.layout import Layout
 from evomerge.sources.reference import SourceRef
+from evomerge.sources.renamed import RenamedSources
 from evomerge.sources.source_set import SourceSet
 from evomerge.sources.tokenizer import vocabulary
 from evomerge.sources.tying import embedding_of
@@ -74,7 +83,7 @@ def merge_mergekit(
     )
     card += f"with evomerge from a mergekit file.\n\n```yaml\n{path.read_text(encoding='utf-8')}```\n"
     try:
-        run = _Run(path.parent, scratch, {}, seed)
+        run = MergekitRun(path.parent, scratch, {}, seed)
         for document in stages:
             run.stage(document)
         return run.write(last, out, card, max_shard_bytes, say)
@@ -83,7 +92,7 @@ def merge_mergekit(
 
 
 @dataclass(frozen=True)
-class _Run:
+class MergekitRun:
     """One file being merged.
 
     Attributes:
@@ -114,40 +123,55 @@ class _Run:
         say: Say = silent,
     ) -> Path:
         """Merge a document into `folder`."""
-        sources, names = self._open(document)
+        sources, names = self.open(document)
         _check_tokens(document, sources)
-        ops = _ops(document, sources, names, self.seed)
+        models: SourceSet | RenamedSources = sources
+        donor, key = sources.folders[sources.base_name], [sources.stamp()]
+        if document.slices:
+            outputs = sliced_outputs(document, sources, names)
+            layers = layer_sources(document, names)
+            config = layered_config(sources, layers, document.where)
+            models = RenamedSources(sources, {output.name: output.origin(names) for output in outputs})
+            donor = _donor(donor, config, self.scratch / f"donor-{len(self.done):02d}")
+            key.append(json.dumps(layers))
+            entries = [planned_entry(o.name, models.info(o.name), document.dtype) for o in outputs]
+        else:
+            outputs = whole_outputs(document, sources)
+            entries = planned(sources.base, document.dtype)
+        ops = operations(outputs, names, self.seed, sources.base_name)
         return write_model(
             folder,
-            planned(sources.base, document.dtype),
-            partial(_tensors, document, ops, sources),
-            sources.folders[sources.base_name],
-            key=" ".join((*(op.digest for op in ops), sources.stamp())),
+            entries,
+            partial(_tensors, document, ops, models, entries),
+            donor,
+            key=" ".join((*(op.digest for op in ops), *key)),
             max_shard_bytes=max_shard_bytes,
             card=card,
             dtype=document.dtype,
             say=say,
         )
 
-    def _open(self, document: Document) -> tuple[SourceSet, dict[ModelRef, str]]:
+    def open(self, document: Document) -> tuple[SourceSet, dict[ModelRef, str]]:
         """The document's models as sources, and their names.
 
         The base of the sources is `base_model`, or the first model, without its adapter.
         """
         root = document.refs[0]
         # An adapted base that task vectors count from must be whole; one that is an input need not be.
-        whole = root.lora is not None and root not in [ref for ref, _ in document.models]
-        base = root if whole else root.plain
+        inputs = document.refs if document.slices else [ref for ref, _ in document.models]
+        base = root if root.lora is not None and root not in inputs else root.plain
         names, sources = {base: str(base)}, {}
-        for ref, _ in document.models:
+        for number, ref in enumerate(inputs):
             if ref == base:
                 continue
-            names[ref] = str(ref)
+            # a mask is a function of its model's name; files have no names for models, but places
+            names[ref] = f"models[{number}]" if document.spec.random else str(ref)
             if ref.lora and ref.plain == base:
                 sources[names[ref]] = SourceRef(adapter=self._place(ref.lora), revision=ref.lora_revision)
             else:
                 sources[names[ref]] = self._model(ref)
-        return SourceSet.open(self._model(base), sources, names[base]), names
+        same = not document.slices
+        return SourceSet.open(self._model(base), sources, names[base], same_layers=same), names
 
     def _model(self, ref: ModelRef) -> SourceRef:
         """A full model; an adapter is merged into its model first."""
@@ -157,7 +181,13 @@ class _Run:
             return SourceRef(model=self._place(ref.path), revision=ref.revision)
         whole = {"weight": (Row(None, (1.0,)),)}
         document = Document(
-            f"model `{ref}`", str(ref), SPECS["task_arithmetic"], ref.plain, ((ref, whole),), {}, "float32"
+            f"model `{ref}`",
+            str(ref),
+            SPECS["task_arithmetic"],
+            ref.plain,
+            ((ref, whole),),
+            {},
+            dtype="float32",
         )
         return SourceRef(model=str(self.stage(document)))
 
@@ -167,50 +197,71 @@ class _Run:
 
 
 def _tensors(
-    document: Document, ops: Sequence[TensorOp], sources: SourceSet, names: Set[str]
+    document: Document,
+    ops: Sequence[TensorOp],
+    sources: SourceSet | RenamedSources,
+    entries: Sequence[Entry],
+    names: Set[str],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in `names`, merged, in the dtype that the document asks for."""
+    """The tensors in `names`, merged, in the dtypes of `entries`."""
     merger = Merger(Float32Sources(sources))
-    for op in ops:
+    for op, entry in zip(ops, entries, strict=True):
         if op.tensor not in names:
             continue
-        copied = _copied(op, sources)
+        copied = _copied(op)
         if copied is None:
             ((_, tensor),) = merger.materialize(MergePlan(sources.base_name, (op,)))
         else:
-            tensor = copied.read(op.tensor)
-        dtype = document.dtype or TORCH_DTYPES[sources.base.tensors[op.tensor].dtype]
-        yield op.tensor, cast(tensor, dtype, f"{document.where}, tensor `{op.tensor}`")
+            tensor = sources.whole(copied, op.tensor)
+        yield op.tensor, cast(tensor, TORCH_DTYPES[entry.dtype], f"{document.where}, tensor `{op.tensor}`")
 
 
-def _ops(document: Document, sources: SourceSet, names: Mapping[ModelRef, str], seed: int) -> list[TensorOp]:
-    """One operation per tensor, all checked before the first is carried out."""
-    layout = sources.layout()
-    last = layout.n_layers - 1
-    # mergekit files have no names for models: masks depend on their places in the document
-    root = Recipe(sources.base_name, sources.models, {}, seed)
+def operations(
+    outputs: Sequence[Output], names: Mapping[ModelRef, str], seed: int, base: str
+) -> list[TensorOp]:
+    """One operation per tensor, all checked before the first is carried out.
+
+    Args:
+        outputs: the tensors.
+        names: of the models, in the sources.
+        seed: of random masks.
+        base: the sources' base, from which tensors of whole models count; those of a slice have their own.
+
+    Raises:
+        RecipeError: a value is missing or out of its range.
+    """
+    layout = Layout(output.name for output in outputs)
+    root = Recipe("", (), {}, seed)
     ops = []
-    for tensor in layout.tensors:
-        cell = layout.cell(tensor)
-        t = 0.0 if cell.layer is None else cell.layer / last if last else 1.0
-        setting = document.setting(tensor, t, names)
-        if setting.method == "slerp" and next(iter(setting.models)) == sources.base_name:
-            models = {name: values for name, values in setting.models.items() if name != sources.base_name}
-            setting = type(setting)(setting.method, setting.parameters, models)
-        places = range(len(setting.models)) if document.spec.random else ()
-        seeds = tuple(root.seed_for(f"models[{place}]", tensor) for place in places)
-        ops.append(TensorOp(tensor, cell, setting, seeds))
+    for output in outputs:
+        document, tensor = output.document, output.name
+        setting = document.setting(tensor, output.t, names, output.tensors)
+        start = names[document.refs[0]] if output.in_slice else base
+        if setting.method == "slerp" and next(iter(setting.models)) == start:
+            models = {name: values for name, values in setting.models.items() if name != start}
+            setting = Setting(setting.method, setting.parameters, models)
+        seeds = (
+            tuple(root.seed_for(model, tensor) for model in setting.models) if document.spec.random else ()
+        )
+        ops.append(TensorOp(tensor, layout.cell(tensor), setting, seeds))
     return ops
 
 
-def _copied(op: TensorOp, sources: SourceSet) -> Checkpoint | None:
-    """The checkpoint that `op` copies: an average in which one model alone has a weight, and that is 1."""
+def _copied(op: TensorOp) -> str | None:
+    """The model that `op` copies: an average in which it alone has a weight, and that is 1."""
     weights = {name: values.get("weight", 0.0) for name, values in op.setting.models.items()}
     named = [name for name, weight in weights.items() if weight]
-    if op.setting.method != "linear" or [weights[name] for name in named] != [1.0]:
-        return None
-    source = sources.base if named[0] == sources.base_name else sources.sources[named[0]]
-    return source if isinstance(source, Checkpoint) else None
+    return named[0] if op.setting.method == "linear" and [weights[n] for n in named] == [1.0] else None
+
+
+def _donor(folder: Path, config: Mapping[str, Any], into: Path) -> Path:
+    """A folder like `folder`, without its tensors and with another config.json."""
+    into.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name != "config.json":
+            (into / file.name).symlink_to(file.resolve())
+    (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return into
 
 
 def _check_tokens(document: Document, sources: SourceSet) -> None:

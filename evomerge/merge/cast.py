@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.merge.merger import Merger
+from evomerge.merge.merger import Merger, TensorSources
 from evomerge.merge.plan import MergePlan
 from evomerge.sources.source_set import SourceSet
 from evomerge.sources.streamed import TaskVector
@@ -21,7 +21,7 @@ from evomerge.sources.streamed import TaskVector
 class Float32Sources:
     """Sources whose base is read as float32, so that merged tensors are not rounded to its dtype."""
 
-    sources: SourceSet
+    sources: TensorSources
 
     @property
     def base_name(self) -> str:

@@ -60,13 +60,14 @@ def silent(message: str) -> None:
 
 def planned(base: Checkpoint, dtype: str | None = None) -> list[Entry]:
     """What a merge of `base` writes: its tensors, the floating ones in torch's `dtype` (None: as stored)."""
+    return [planned_entry(name, base.tensors[name], dtype) for name in mergeable(base)]
 
-    def entry(name: str, info: TensorInfo) -> Entry:
-        if dtype is None or not info.floating:
-            return Entry(name, info.shape, info.dtype, info.nbytes)
-        return Entry(name, info.shape, SAFETENSORS_DTYPES[dtype], info.numel * WIDTHS[dtype])
 
-    return [entry(name, base.tensors[name]) for name in mergeable(base)]
+def planned_entry(name: str, info: TensorInfo, dtype: str | None = None) -> Entry:
+    """A tensor like `info`, in torch's `dtype` if it is floating and that is not None."""
+    if dtype is None or not info.floating:
+        return Entry(name, info.shape, info.dtype, info.nbytes)
+    return Entry(name, info.shape, SAFETENSORS_DTYPES[dtype], info.numel * WIDTHS[dtype])
 
 
 def write_model(

@@ -31,26 +31,27 @@ if TYPE_CHECKING:
 SAME_SETTINGS = ("num_attention_heads", "num_key_value_heads", "hidden_act")
 
 
-def check(source_set: SourceSet) -> None:
-    """Compare every source with the base.
+def check(source_set: SourceSet, *, same_layers: bool = True) -> None:
+    """Compare every source with the base; with `same_layers`, tensor by tensor.
 
     Raises:
         CompatibilityError: one line per source that does not fit, each with its first problem.
     """
     lines = [
         f"{'base' if name == source_set.base_name else 'model'} `{name}`: {problem}"
-        for name, problem in problems(source_set).items()
+        for name, problem in problems(source_set, same_layers=same_layers).items()
     ]
     if lines:
         raise CompatibilityError("\n".join(lines))
 
 
-def problems(source_set: SourceSet) -> dict[str, str]:
+def problems(source_set: SourceSet, *, same_layers: bool = True) -> dict[str, str]:
     """The first problem of every source that cannot be merged, by name, base first.
 
     A full checkpoint needs the base's architecture, vocabulary, tensor names, shapes and tokenizer; chat
     templates may differ. An adapter needs targets that the base has, in the base's shapes, and no token
-    whose id differs from the base's.
+    whose id differs from the base's. Without `same_layers`, names and shapes of full checkpoints' tensors
+    are not looked at.
     """
     base = source_set.base
     tokens = vocabulary(base.folder)
@@ -61,18 +62,19 @@ def problems(source_set: SourceSet) -> dict[str, str]:
         if isinstance(source, Adapter):
             found[name] = _adapter(source, source_set, tokens)
         else:
-            found[name] = _full(source, source_set, tokens)
+            found[name] = _full(source, source_set, tokens, same_layers)
     return {name: problem for name, problem in found.items() if problem}
 
 
-def _full(model: Checkpoint, source_set: SourceSet, tokens: Mapping[str, int] | None) -> str | None:
+def _full(
+    model: Checkpoint, source_set: SourceSet, tokens: Mapping[str, int] | None, same_layers: bool
+) -> str | None:
     base = source_set.base
     return (
         _architecture(model, base)
         or _vocabulary_size(model, base)
         or full_problem(model, base)
-        or _names(model, source_set)
-        or _shapes({name: model.tensors[name].shape for name in source_set.tensor_names}, base)
+        or (_tensors(model, source_set) if same_layers else None)
         or _dtypes(model, base)
         or _tokenizer(model.folder, base.folder, tokens, allow_added=False)
     )
@@ -119,6 +121,12 @@ def _vocabulary_size(model: Checkpoint, base: Checkpoint) -> str | None:
     return (
         f"its vocabulary has {mine} entries, the base's has {its}{tensor}; "
         "resize the model's embedding to the base's or take it out"
+    )
+
+
+def _tensors(model: Checkpoint, source_set: SourceSet) -> str | None:
+    return _names(model, source_set) or _shapes(
+        {name: model.tensors[name].shape for name in source_set.tensor_names}, source_set.base
     )
 
 

@@ -61,6 +61,7 @@ class SourceSet:
         base_name: str = "base",
         *,
         checked: bool = True,
+        same_layers: bool = True,
     ) -> SourceSet:
         """Resolve, open and check every source; reads headers and JSON files, no weights.
 
@@ -70,6 +71,8 @@ class SourceSet:
             base_name: name of the base; no model may have it.
             checked: refuse sources that do not fit the base. Without the check, `delta` is only for tensors
                 that model and base have in one shape.
+            same_layers: whether full models must have the base's tensors, and not only its kind and
+                vocabulary. If not, `delta` is only for tensors as above.
 
         Raises:
             SourceError: a source is missing or cannot be read, or the base is an adapter.
@@ -84,7 +87,7 @@ class SourceSet:
         sources = {name: _open(ref, f"model `{name}`") for name, ref in models.items()}
         result = cls(base_name, opened, sources, {base_name: base, **models})
         if checked:
-            check(result)
+            check(result, same_layers=same_layers)
         return result
 
     def layout(self, modules: Mapping[str, Iterable[str]] | None = None) -> Layout:
@@ -94,6 +97,17 @@ class SourceSet:
     def base_tensor(self, name: str) -> torch.Tensor:
         """The base's tensor on the CPU in its stored dtype."""
         return self.base.read(name)
+
+    def checkpoint(self, model: str) -> Checkpoint:
+        """A full model's checkpoint, or the base; the base also for an adapter."""
+        source = self.sources.get(model)
+        return source if isinstance(source, Checkpoint) else self.base
+
+    def whole(self, model: str, name: str) -> torch.Tensor:
+        """A model's own tensor on the CPU: as stored, or float32 where an adapter changes it."""
+        tensor = self.checkpoint(model).read(name)
+        delta = self.delta(model, name, tensor) if isinstance(self.sources.get(model), Adapter) else None
+        return tensor if delta is None else tensor.float() + delta
 
     def may_change(self, model: str, name: str) -> bool:
         """Whether `delta` can be other than None, judged without reading weights."""
@@ -118,9 +132,9 @@ class SourceSet:
             return self.base.read(name) if base is None else base
 
         if not isinstance(source, Adapter):
-            return _difference(source.read(name), start())
+            return task_vector(source.read(name), start())
         replacement, product = source.replacement(name), source.delta(name)
-        moved = None if replacement is None else _difference(replacement, start())
+        moved = None if replacement is None else task_vector(replacement, start())
         if moved is None or product is None:
             return product if moved is None else moved
         return moved + product
@@ -179,7 +193,7 @@ def _open(ref: SourceRef, where: str) -> Checkpoint | Adapter:
         raise SourceError(f"{where}: {error}") from error
 
 
-def _difference(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
+def task_vector(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
     """float32(tensor) - float32(base); None when they are equal."""
     import torch
 

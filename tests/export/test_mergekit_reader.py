@@ -11,7 +11,8 @@ import torch
 
 from evomerge.errors import ConfigError, ExportError, RecipeError
 from evomerge.export.mergekit_merge import merge_mergekit
-from evomerge.export.mergekit_reader import ModelRef, Row, is_mergekit, read_mergekit
+from evomerge.export.mergekit_reader import is_mergekit, read_mergekit
+from evomerge.export.mergekit_values import ModelRef, Row
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
 from tests.export.conftest import weights_of
@@ -354,7 +355,7 @@ NAMED = "merge_method: linear\nmodels: [{model: %s, parameters: {weight: 1}}]\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HEAD + "slices: []\n", "`slices` is not supported yet"),
+        (HEAD + "slices: []\n", "`slices` is \\[\\], but it must be a list"),
         (HEAD + MODEL + "modules: {}\n", "`modules` is not supported yet"),
         (HEAD + MODEL + "chat_template: auto\n", "`chat_template` is not supported yet"),
         (HEAD + MODEL + "tokenizer_source: union\n", "`tokenizer_source` is 'union', which is not supported"),
