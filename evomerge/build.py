@@ -100,7 +100,8 @@ def family_of(sources: SourceSet, layout: Layout, seed: int = 0) -> Family:
         model: {layout.cell(name) for name in layout.tensors if sources.may_change(model, name)}
         for model in sources.models
     }
-    return Family(layout, changes, SPECS, base=sources.base_name, seed=seed)
+    kinds = {model: found.kinds for model, found in sources.statistics.items()}
+    return Family(layout, changes, SPECS, base=sources.base_name, seed=seed, statistics=kinds)
 
 
 def _stages(loaded: LoadedConfig, family: Family) -> list[Stage]:

@@ -305,6 +305,91 @@ def _print_inspection(inspection: Inspection, by: By | None) -> None:
 
 
 @app.command()
+def statistics(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub id; a LoRA adapter too.")],
+    texts: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TEXTS", help=".jsonl with `text`, or `prompt` and `completion`; else a text per line."
+        ),
+    ],
+    file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The safetensors file to write.")],
+    kind: Annotated[list[str] | None, typer.Option(help="fisher (default) or gram; may be repeated.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that an adapter was trained from.")] = None,
+    estimator: Annotated[
+        str,
+        typer.Option(help="Fisher: tokens `sampled` from the model, or `empirical`, those of the texts."),
+    ] = "sampled",
+    tokens: Annotated[int, typer.Option(help="Texts are taken until there are this many tokens.")] = 32_768,
+    max_length: Annotated[int, typer.Option(help="Most tokens of one text.")] = 512,
+    batch: Annotated[int, typer.Option(help="Texts at once, for Gram matrices.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the order of texts and of sampled tokens.")] = 0,
+    exclude: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Leave tensors with such names out.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+) -> None:
+    """What the methods fisher and regmean need to know of a model: run it over texts and write a file."""
+    from rich.progress import Progress
+
+    from evomerge.inspect.places import place
+    from evomerge.statistics.measure import Options, measure
+
+    options = Options(
+        kinds=tuple(dict.fromkeys(kind or ["fisher"])),
+        estimator=estimator,  # type: ignore[arg-type]  # checked by `measure`, with a message
+        max_length=max_length,
+        max_tokens=tokens,
+        batch=batch,
+        seed=seed,
+        exclude=exclude,
+        device=device,
+        dtype=dtype,
+    )
+    start = None if base is None else place(base, "--base")
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("tokens")
+        done = measure(
+            place(model, "MODEL"),
+            texts,
+            file,
+            base=start,
+            options=options,
+            progress=lambda n, all_: bar.update(task, completed=n, total=all_),
+        )
+    counts = ", ".join(f"{name} of {count} tensors" for name, count in done.tensors.items())
+    said = f"Wrote {file}: {counts}, from {done.tokens} tokens of {done.texts} texts"
+    out.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One method, in full.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every merge method: models, parameters with range and default, what it needs, where it is from."""
+    from evomerge import catalogue
+
+    if name is not None:
+        text = catalogue.page(name)
+        if not as_json:
+            out.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
+    if as_json:
+        rows = [row for row in catalogue.as_json() if name in (None, row["name"])]
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return
+    grid = Table(*catalogue.HEADER, box=None, pad_edge=False, padding=(0, 1, 1, 0))
+    for row in catalogue.table():
+        grid.add_row(*row)
+    for column in grid.columns:
+        column.overflow = "fold"
+    Console(width=100, markup=False).print(grid, highlight=False)
+    out.print("* for each model. `evomerge methods NAME` says what a method does.", highlight=False)
+
+
+@app.command()
 def init(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The file to write.")] = Path(
         "run.yaml"

@@ -22,11 +22,15 @@ from evomerge.yamlfile import Section, load_yaml, validate
 
 
 class Source(Section):
-    """A source model: a folder or hub id under `model`, or a LoRA adapter's under `adapter`."""
+    """A source model: a folder or hub id under `model`, or a LoRA adapter's under `adapter`.
+
+    `statistics` are files that `evomerge statistics` wrote, for the methods that need them.
+    """
 
     model: str | None = None
     adapter: str | None = None
     revision: str | None = None
+    statistics: str | tuple[str, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -43,7 +47,9 @@ class Source(Section):
         """As a `SourceRef`; paths relative to `folder` become absolute."""
         given = {"model": self.model, "adapter": self.adapter}
         here = {key: _absolute(text, folder) for key, text in given.items() if text is not None}
-        return SourceRef(**here, revision=self.revision)
+        files = (self.statistics,) if isinstance(self.statistics, str) else self.statistics or ()
+        beside = tuple(str((folder / expand(text)).resolve()) for text in files)
+        return SourceRef(**here, revision=self.revision, statistics=beside)
 
 
 class Items(Section):

@@ -129,6 +129,7 @@ class MethodSpec:
             model (true for sums of task vectors, false for averages of whole tensors).
         random: whether the result depends on the recipe's seed.
         mergekit: mergekit's name of the method, None where mergekit 0.1.5 has not got it.
+        needs: kind of statistics that every model must carry, as `sources.statistics` knows it.
         source: paper or program that defines it.
         canonical: maps a valid setting to the one that stands for all settings with equal results.
     """
@@ -142,6 +143,7 @@ class MethodSpec:
     unchanged_is_absent: bool = False
     random: bool = False
     mergekit: str | None = None
+    needs: str | None = None
     source: str = ""
 
     def complete(self, setting: Setting, where: str) -> Setting:

@@ -6,14 +6,16 @@ one of its methods knows them, a density, a `lambda` and so on, shared by the mo
 several methods the choice of method is a parameter too. Tensors outside the numbered layers form groups
 of their own (`outside: own`) or follow the first layer group (`outside: first`, which is how a mergekit
 gradient treats them). With `lines` a group has one value of everything for all layers, and two numbers
-that scale its task vector by depth. A method that takes one or two models gets those of largest weight; where
-models have no weights (`karcher`, `model_stock`) those whose weight is above 0 take part.
+that scale its task vector by depth. A method that takes one or two models gets those of largest weight. Where
+no method has weights (`karcher`, `sce`) a space may leave `weight` out, and all models take part; bounds of
+`weight` then say which: those whose weight is above 0.
 
 `SearchSpace` is what the YAML file says. `bind` fits it to one `Family` of models and gives a `BoundSpace`
 with `parameters`, `decode` and `encode`. Parameters that can change nothing (no model touches their
 cells) are left out.
 
-Imports: `recipe`, `errors`, `layers`, `sources.layout`, `search.base` (the parameter types); never torch.
+Imports: `recipe`, `errors`, `layers`, `space_checks`, `sources.layout`, `search.base` (the parameter types);
+never torch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -32,9 +34,9 @@ from evomerge.layers import Bounds, Layers, Lines, Smooth, layer_spans
 from evomerge.recipe import BASE_COPY, Cell, MethodSpec, Recipe, Setting, rounded
 from evomerge.search.base import CategoricalParameter, FloatParameter, Parameter, Params
 from evomerge.sources.layout import Layout
+from evomerge.space_checks import LAMBDA, WEIGHT, check_space
 from evomerge.yamlfile import Section
 
-WEIGHT, LAMBDA = "weight", "lambda"
 ALPHA, BETA = "lines.alpha", "lines.beta"  # parameters that are no method's, so that no name can clash
 
 
@@ -50,8 +52,8 @@ class SearchSpace(Section):
         outside: whether tensors outside the layers have groups of their own or follow the first layer.
         methods: one or several; several make the method a categorical parameter of each group.
         parameters: bounds of `weight` and of the methods' other parameters. What has no bounds here keeps
-            its value from `constants`, or the method's default. Where a method limits one value by
-            another, as epsilon by the density, values above the limit stand for the limit.
+            its value from `constants`, or the method's default; a weight, 1. Where a method limits one
+            value by another, as epsilon by the density, values above the limit stand for the limit.
         constants: fixed values of method parameters, `weight` among them (with `lines` only: nothing else
             would be left of the models).
     """
@@ -61,7 +63,7 @@ class SearchSpace(Section):
     modules: Literal["all", "each"] | dict[str, list[str]] = "all"
     outside: Literal["own", "first"] = "own"
     methods: Annotated[list[str], Field(min_length=1)]
-    parameters: dict[str, Bounds]
+    parameters: dict[str, Bounds] = Field(default_factory=dict)
     constants: dict[str, bool | float] = Field(default_factory=dict)
 
     def bind(self, family: Family, where: str = "search space") -> BoundSpace:
@@ -69,14 +71,20 @@ class SearchSpace(Section):
 
         Raises:
             ConfigError: unknown method or module, bounds outside a method's range, ranges that do not
-                cover the layers, or nothing to search.
+                cover the layers, a model without the statistics that a method needs, or nothing to search.
         """
-        _check_methods(self, family.specs, where)
+        check_space(self, family, where)
         modules = _module_groups(self.modules, family.layout, where)
         spans = layer_spans(self.layers, family.layout.n_layers, where)
         space = BoundSpace(self, family, modules, spans)
-        if not space.parameters:
+        if not any(family.changes.values()):
             raise ConfigError(f"{where}: no model changes any tensor, so there is nothing to search")
+        if not space.parameters:
+            raise ConfigError(
+                f"{where}: `{self.methods[0]}` without `parameters` is one recipe, so there is nothing to "
+                "search; give a parameter `low` and `high`, or name several `methods` "
+                f"(`evomerge methods {self.methods[0]}` lists its parameters)"
+            )
         return space
 
 
@@ -90,6 +98,7 @@ class Family:
         specs: the merge methods by name.
         base: name of the base model.
         seed: root of the random masks, copied into every recipe.
+        statistics: kinds of statistics that each model carries.
     """
 
     layout: Layout
@@ -97,6 +106,7 @@ class Family:
     specs: Mapping[str, MethodSpec]
     base: str = "base"
     seed: int = 0
+    statistics: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -128,55 +138,6 @@ class Family:
             if result != BASE_COPY:
                 canonical[cell] = result
         return Recipe(self.base, self.models, canonical, seed=self.seed, modules=self.layout.extra_modules)
-
-
-def _check_methods(space: SearchSpace, specs: Mapping[str, MethodSpec], where: str) -> None:
-    known: set[str] = {WEIGHT}
-    for name in space.methods:
-        if name not in specs:
-            raise ConfigError(
-                f"{where}: `methods` names `{name}`, which is no merge method; known: {', '.join(specs)}"
-            )
-        spec = specs[name]
-        ranges = {**spec.shared, **spec.per_model}
-        known |= set(ranges)
-        for key, bounds in space.parameters.items():
-            if key in ranges:
-                for value in (bounds.low, bounds.high):
-                    try:
-                        ranges[key].check(value, f"{where}: `parameters.{key}`", key)
-                    except RecipeError as error:
-                        raise ConfigError(f"{error}; change `low`/`high` of `{key}`") from error
-    for table in ("parameters", "constants"):
-        for key in getattr(space, table):
-            if key not in known:
-                raise ConfigError(
-                    f"{where}: `{table}.{key}` belongs to none of the methods "
-                    f"{', '.join(space.methods)}; known: {', '.join(sorted(known))}"
-                )
-    if isinstance(space.layers, Lines):
-        _check_lines(space, specs, where)
-    elif WEIGHT not in space.parameters:
-        raise ConfigError(f"{where}: `parameters.weight` is missing; give it `low` and `high`")
-
-
-def _check_lines(space: SearchSpace, specs: Mapping[str, MethodSpec], where: str) -> None:
-    for name in space.methods:
-        if LAMBDA not in specs[name].shared:
-            raise ConfigError(
-                f"{where}: `layers.lines` scales `lambda`, which `{name}` has not; use `layers.smooth`, or "
-                f"one of {', '.join(method for method, spec in specs.items() if LAMBDA in spec.shared)}"
-            )
-    for table in ("parameters", "constants"):
-        if LAMBDA in getattr(space, table):
-            raise ConfigError(
-                f"{where}: `{table}.lambda` and `layers.lines` both set `lambda`; remove `{table}.lambda`"
-            )
-    if WEIGHT not in space.parameters and WEIGHT not in space.constants:
-        raise ConfigError(
-            f"{where}: weight is missing; give `parameters.weight` `low` and `high`, or set "
-            "`constants.weight`, for example to 1.0"
-        )
 
 
 def _module_groups(
@@ -332,7 +293,7 @@ class BoundSpace:
 
     def _setting(self, method: str, group: _Group, cell: Cell, values: Mapping[str, float]) -> Setting:
         spec = self.family.specs[method]
-        fixed = float(self.space.constants.get(WEIGHT, 0.0))
+        fixed = float(self.space.constants.get(WEIGHT, 1.0))
         weights = {model: rounded(values.get(f"{model}.{WEIGHT}", fixed)) for model in group.models}
         given = {**self.space.constants, **{key: rounded(value) for key, value in values.items()}}
         shared = {key: given[key] for key in given if key in spec.shared}
@@ -410,7 +371,7 @@ class BoundSpace:
         weights = [self._read_weights(group, settings, cells) for cells in ends]
         whole = max(weights, key=lambda row: math.fsum(w * w for w in row.values()))
         if WEIGHT not in self.space.parameters:
-            whole = dict.fromkeys(whole, float(self.space.constants[WEIGHT]))
+            whole = dict.fromkeys(whole, float(self.space.constants.get(WEIGHT, 1.0)))
         size = math.fsum(w * w for w in whole.values())
         scales = [
             _mean([v for c in cells if (v := _shared(settings[c], LAMBDA)) is not None] or [1.0])

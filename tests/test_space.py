@@ -293,6 +293,13 @@ def test_seed_and_module_patterns_travel_with_the_recipe():
         ),
         ({"methods": ["ties"], "parameters": {"density": {"low": 0.1, "high": 1.0}}}, "weight` is missing"),
         ({"parameters": {}, "constants": {"weight": 1.0}}, "weight` is missing"),
+        ({"methods": ["karcher"], "parameters": {}}, "`karcher` without `parameters` is one recipe"),
+        ({"methods": ["karcher", "slerp"], "parameters": {}}, "weight` is missing"),
+        (
+            {"methods": ["fisher"], "parameters": {"weight": {"low": 0, "high": 1}}},
+            "fisher needs the `fisher` statistics of every model, but model `math`",
+        ),
+        ({"methods": ["ota"], "parameters": {}}, "model `math` has none; save Adam's `exp_avg_sq`"),
         (lines(parameters={}), r"weight is missing.*set `constants.weight`"),
         (lines(methods=["linear"]), "scales `lambda`, which `linear` has not; use `layers.smooth`, or.*ties"),
         (lines(constants={"lambda": 0.5}), "`constants.lambda` and `layers.lines` both set `lambda`"),
@@ -324,6 +331,42 @@ def test_a_space_file_with_a_mistake_names_the_key(fields: dict[str, object], me
 def test_models_that_change_nothing_leave_nothing_to_search():
     with pytest.raises(ConfigError, match="nothing to search"):
         space().bind(family(changes={"math": set()}))
+
+
+@pytest.mark.parametrize(
+    ("method", "free"), [("sce", "select_topk"), ("ram", "epsilon"), ("opcm_per_tensor", "alpha")]
+)
+def test_a_method_without_weights_needs_none_and_merges_all_models(method: str, free: str):
+    bound = space(methods=[method], parameters={free: {"low": 0.2, "high": 0.9}}).bind(family())
+    assert [p.name for p in bound.parameters] == [f"all.{free}"]
+    setting = bound.decode({f"all.{free}": 0.5}).setting(Cell(0, "mlp"))
+    assert (setting.method, list(setting.models)) == (method, ["math", "code", "chat"])
+
+
+def test_methods_without_parameters_make_a_search_of_the_method_alone():
+    bound = space(methods=["karcher", "model_stock"], parameters={}).bind(family())
+    assert bound.parameters == (CategoricalParameter("all.method", ("karcher", "model_stock")),)
+    assert len(bound.decode({"all.method": "model_stock"}).setting(Cell(0, "mlp")).models) == 3
+
+
+def test_a_recipe_of_a_space_without_weights_is_found_again():
+    bound = space(methods=["sce"], parameters={"select_topk": {"low": 0.2, "high": 0.9}}).bind(family())
+    recipe = bound.decode({"all.select_topk": 0.35})
+    assert bound.encode(recipe) == {"all.select_topk": 0.35}
+
+
+def test_lines_of_a_method_without_weights_are_alpha_and_beta_alone():
+    bound = space(**lines(methods=["opcm_per_tensor"], parameters={})).bind(family(5))
+    assert [p.name for p in bound.parameters] == ["all.lines.alpha", "all.lines.beta"]
+    recipe = bound.decode({"all.lines.alpha": 0.5, "all.lines.beta": 0.4})
+    assert recipe.setting(Cell(4, "mlp")).parameters["lambda"] == 0.9
+    assert bound.decode(bound.encode(recipe)) == recipe
+
+
+def test_a_method_that_needs_statistics_is_searched_when_every_model_has_them():
+    kinds = dict.fromkeys(("math", "code", "chat"), ("fisher",))
+    averages = space(methods=["fisher"], parameters={"weight": {"low": 0.0, "high": 1.0}})
+    assert averages.bind(family(statistics=kinds)).dimension == 3
 
 
 def test_bounds_of_parameters_are_those_of_the_file():

@@ -15,7 +15,7 @@ import yaml
 from evomerge.errors import RecipeError
 from evomerge.recipe import Recipe
 from evomerge.sources.reference import SourceRef, looks_like_path
-from evomerge.sources.source_set import SourceSet
+from evomerge.sources.source_set import SourceSet, statistics_key
 from evomerge.yamlfile import load_yaml
 
 
@@ -36,14 +36,18 @@ def recipe_document(
     recipe: Recipe, sources: SourceSet, scores: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The recipe as plain data: groups, seed, digest, sources with revisions and hashes, scores."""
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for row in sources.describe():
         ref = sources.refs[row["name"]]
         if looks_like_path(ref.text):  # also a folder of the hub's cache, whose commit it is not asked for
-            entry = {ref.key: str(sources.folders[row["name"]].resolve())}
+            entry: dict[str, Any] = {ref.key: str(sources.folders[row["name"]].resolve())}
         else:
             entry = {ref.key: ref.text, "revision": row["revision"]}
         entry["sha256"] = row["sha256"]
+        if row["name"] in sources.statistics:
+            found = sources.statistics[row["name"]]
+            entry["statistics"] = [str(file.resolve()) for file in found.files]
+            entry["statistics_sha256"] = found.sha256()
         rows[row["name"]] = {key: value for key, value in entry.items() if value is not None}
     document = {**recipe.as_json(), "digest": recipe.digest, "sources": rows}
     return {**document, "scores": dict(scores)} if scores else document
@@ -93,6 +97,9 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, SourceRef], dict[str, str
         raise RecipeError(f"{path}: `sources` has no entry for `{missing[0]}`; add its folder or hub id")
     refs = {name: _reference(sources[name], path, name) for name in (recipe.base, *recipe.models)}
     hashes = {name: str(row["sha256"]) for name, row in sources.items() if "sha256" in row}
+    for name, row in sources.items():
+        if "statistics_sha256" in row:
+            hashes[statistics_key(name)] = str(row["statistics_sha256"])
     return recipe, refs, hashes
 
 
@@ -104,5 +111,11 @@ def _reference(row: Any, path: Path, name: str) -> SourceRef:
         beside = path.parent / text
         if not Path(text).is_absolute() and beside.exists():
             place[key] = str(beside.resolve())
+    given = row.get("statistics") or ()
+    files = (given,) if isinstance(given, str) else given
     # A folder has no revision, and a recipe written from one names none.
-    return SourceRef(**place, revision=row.get("revision"))
+    return SourceRef(
+        **place,
+        revision=row.get("revision"),
+        statistics=tuple(str((path.parent / str(file)).resolve()) for file in files),
+    )

@@ -5,7 +5,7 @@ Imports: torch, `evomerge.errors`, `evomerge.sources`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from evomerge.errors import RecipeError
 from evomerge.merge.merger import Merger, TensorSources
 from evomerge.merge.plan import MergePlan
 from evomerge.sources.source_set import SourceSet
+from evomerge.sources.statistics import ModelStatistics
 from evomerge.sources.streamed import TaskVector
 
 
@@ -27,6 +28,11 @@ class Float32Sources:
     def base_name(self) -> str:
         """Name of the base model in recipes."""
         return self.sources.base_name
+
+    @property
+    def statistics(self) -> Mapping[str, ModelStatistics]:
+        """What models carry beside their weights."""
+        return self.sources.statistics
 
     def base_tensor(self, name: str) -> torch.Tensor:
         """The base's tensor, in float32 if it is floating."""

@@ -10,7 +10,7 @@ Imports: torch, `evomerge.merge`, `evomerge.sources`, `evomerge.errors`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from evomerge.merge.fused import fits, merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods._method import CHUNK, TensorInputs
 from evomerge.merge.plan import MergePlan, TensorOp
+from evomerge.sources.statistics import ModelStatistics, lacking
 from evomerge.sources.streamed import TaskVector
 
 T = TypeVar("T")
@@ -34,6 +35,11 @@ class TensorSources(Protocol):
     @property
     def base_name(self) -> str:
         """Name of the base model in recipes."""
+        ...
+
+    @property
+    def statistics(self) -> Mapping[str, ModelStatistics]:
+        """What models carry beside their weights; looked at by methods that need it only."""
         ...
 
     def base_tensor(self, name: str) -> torch.Tensor:
@@ -88,18 +94,27 @@ class Merger:
             only: names of the tensors wanted; None for all.
 
         Raises:
-            RecipeError: the plan is for another base, or a merged tensor has values that are not finite;
-                the message names the cell and the tensor.
+            RecipeError: the plan is for another base, a method needs statistics that a model lacks, or a
+                merged tensor has values that are not finite; the message names the cell and the tensor.
         """
         if plan.base != self._sources.base_name:
             raise RecipeError(
                 f"the recipe's base model is `{plan.base}`, but the sources' is `{self._sources.base_name}`; "
                 "merge the recipe with the sources that it was written for"
             )
+        for op in plan.ops:
+            self._check_statistics(op)
         self._cache.begin_pass()
         for op in plan.ops:
             if only is None or op.tensor in only:
                 yield op.tensor, self._merge(op)
+
+    def _check_statistics(self, op: TensorOp) -> None:
+        kind = METHODS[op.setting.method].spec.needs
+        for model in op.setting.models if kind is not None else ():
+            found = self._sources.statistics.get(model)
+            if found is None or kind not in found.kinds:
+                raise RecipeError(f"{op.cell}: {lacking(op.setting.method, str(kind), model)}")
 
     def _merge(self, op: TensorOp) -> torch.Tensor:
         base = self._cache.get(
@@ -124,6 +139,7 @@ class Merger:
             name=op.tensor,
             chunk=self._chunk,
             once=_Once(self._cache, op.tensor),
+            statistics=_Statistics(self, op),
         )
         kernel = method.kernel(inputs)
         merged = torch.empty_like(inputs.base)
@@ -155,6 +171,19 @@ class Merger:
             return None if delta is None else delta.to(self._device, torch.float32).reshape(-1)
 
         return self._cache.get((tensor, "delta", model), read)
+
+    def statistics(self, model: str, tensor: str, kind: str) -> torch.Tensor | None:
+        """Statistics of one tensor in float32 on the merger's device; of a kind that the model carries."""
+
+        def read() -> torch.Tensor | None:
+            found = self._sources.statistics[model].read(kind, tensor)
+            return None if found is None else found.to(self._device, torch.float32)
+
+        return self._cache.get((tensor, kind, model), read)
+
+    def statistics_rms(self, model: str, kind: str) -> float:
+        """Their root mean square over all tensors of the model."""
+        return self._sources.statistics[model].rms(kind)
 
 
 def _not_finite(inputs: TensorInputs) -> RecipeError:
@@ -217,3 +246,16 @@ class _Once(NamedTuple):
 
     def __call__(self, key: Hashable, compute: Callable[[], T]) -> T:
         return self.cache.get((self.tensor, "once", key), compute)
+
+
+class _Statistics(NamedTuple):
+    """Statistics as methods see them: of one operation's tensor, by the places of its models."""
+
+    merger: Merger
+    op: TensorOp
+
+    def __call__(self, index: int, kind: str) -> torch.Tensor | None:
+        return self.merger.statistics(tuple(self.op.setting.models)[index], self.op.tensor, kind)
+
+    def rms(self, index: int, kind: str) -> float:
+        return self.merger.statistics_rms(tuple(self.op.setting.models)[index], kind)

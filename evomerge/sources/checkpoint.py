@@ -231,6 +231,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file that `read_header` has read."""
+    with path.open("rb") as file:
+        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return dict(header.get("__metadata__") or {})
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Content of a JSON file that holds an object.
 

@@ -32,17 +32,19 @@ HUB_IGNORED = ("*/*", "consolidated*")
 
 @dataclass(frozen=True)
 class SourceRef:
-    """What the user wrote: exactly one of `model` and `adapter`.
+    """What the user wrote: exactly one of `model` and `adapter`, and perhaps statistics of it.
 
     Attributes:
         model: folder or hub id of a full checkpoint.
         adapter: folder or hub id of a LoRA adapter for the base model.
         revision: branch, tag or commit of a hub id; None is the default branch.
+        statistics: files as `sources.statistics` reads them.
     """
 
     model: str | None = None
     adapter: str | None = None
     revision: str | None = None
+    statistics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.adapter is None):

@@ -17,6 +17,7 @@ from evomerge.sources.checkpoint import Checkpoint
 from evomerge.sources.compatibility import check
 from evomerge.sources.layout import Layout
 from evomerge.sources.reference import SourceRef, commit_of, resolve
+from evomerge.sources.statistics import ModelStatistics
 from evomerge.sources.streamed import StreamedDelta, TaskVector
 from evomerge.sources.tying import mergeable
 
@@ -36,6 +37,7 @@ class SourceSet:
         sources: model name -> its checkpoint or adapter.
         refs: what the user wrote, by name, base included.
         folders: local folder by name, base included.
+        statistics: what models carry beside their weights, for the models that do.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class SourceSet:
         self.models = tuple(self.sources)
         self.folders = {base_name: base.folder, **{name: s.folder for name, s in self.sources.items()}}
         self.tensor_names = mergeable(base)
+        self.statistics: dict[str, ModelStatistics] = {}
 
     @classmethod
     def open(
@@ -70,16 +73,21 @@ class SourceSet:
             models: name -> full model or adapter.
             base_name: name of the base; no model may have it.
             checked: refuse sources that do not fit the base. Without the check, `delta` is only for tensors
-                that model and base have in one shape.
+                that model and base have in one shape, and statistics are not opened.
             same_layers: whether full models must have the base's tensors, and not only its kind and
                 vocabulary. If not, `delta` is only for tensors as above.
 
         Raises:
             SourceError: a source is missing or cannot be read, or the base is an adapter.
-            CompatibilityError: a source does not fit the base (only when `checked`).
+            CompatibilityError: a source does not fit the base, or statistics do not fit their model (only
+                when `checked`).
         """
         if base.adapter is not None:
             raise SourceError(f"base `{base_name}`: `{base.adapter}` is an adapter; give a full model")
+        if base.statistics:
+            raise SourceError(
+                f"base `{base_name}` has `statistics`, but only those of models are used; remove them"
+            )
         if base_name in models:
             raise SourceError(f"model `{base_name}` has the name of the base; rename one of the two")
         opened = _open(base, f"base `{base_name}`")
@@ -88,6 +96,9 @@ class SourceSet:
         result = cls(base_name, opened, sources, {base_name: base, **models})
         if checked:
             check(result, same_layers=same_layers)
+            for name, ref in models.items():
+                if ref.statistics:
+                    result.statistics[name] = _statistics(ref, sources[name], opened, f"model `{name}`")
         return result
 
     def layout(self, modules: Mapping[str, Iterable[str]] | None = None) -> Layout:
@@ -156,18 +167,26 @@ class SourceSet:
 
     def stamp(self) -> str:
         """Names, sizes and times of all tensor files: whether one was replaced, without reading it."""
-        files = [file for source in (self.base, *self.sources.values()) for file in source.files]
+        all_files = (self.base, *self.sources.values(), *self.statistics.values())
+        files = [file for source in all_files for file in source.files]
         return " ".join(f"{file}:{(stat := file.stat()).st_size}:{stat.st_mtime_ns}" for file in files)
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 by name, base first; reads every file once and remembers the result."""
-        return {self.base_name: self.base.sha256(), **{n: s.sha256() for n, s in self.sources.items()}}
+        """SHA-256 by name, base first; reads every file once and remembers the result.
+
+        The statistics of a model have an entry of their own, `NAME statistics`.
+        """
+        return {
+            self.base_name: self.base.sha256(),
+            **{name: source.sha256() for name, source in self.sources.items()},
+            **{statistics_key(name): found.sha256() for name, found in self.statistics.items()},
+        }
 
     def describe(self) -> list[dict[str, Any]]:
         """One JSON-ready row per source, base first.
 
         Keys: name, kind ("base", "model" or "adapter"), source (the folder or hub id as given), revision
-        (the commit of a hub id, else None), sha256, parameters, bytes (of the tensors).
+        (the commit of a hub id, else None), sha256, parameters, bytes (of the tensors), statistics (kinds).
         """
         hashes = self.hashes()
         models = [(self.refs[name].key, name, source) for name, source in self.sources.items()]
@@ -180,9 +199,27 @@ class SourceSet:
                 "sha256": hashes[name],
                 "parameters": source.parameters,
                 "bytes": source.bytes,
+                "statistics": list(self.statistics[name].kinds) if name in self.statistics else [],
             }
             for kind, name, source in [("base", self.base_name, self.base), *models]
         ]
+
+
+def statistics_key(model: str) -> str:
+    """Name under which the hash of a model's statistics stands beside those of the sources."""
+    return f"{model} statistics"
+
+
+def _statistics(
+    ref: SourceRef, source: Checkpoint | Adapter, base: Checkpoint, where: str
+) -> ModelStatistics:
+    found = ModelStatistics(ref.statistics, where)
+    found.check_shapes(base.tensors)
+    # which model they were measured on; an adapter is a model together with its base
+    found.check_hash("model_sha256", source.sha256)
+    if isinstance(source, Adapter):
+        found.check_hash("base_sha256", base.sha256)
+    return found
 
 
 def _open(ref: SourceRef, where: str) -> Checkpoint | Adapter:

@@ -78,6 +78,11 @@ def random_setting(name: str, rng: random.Random) -> Setting:
         "clip": [0.0, 1e-4, 0.1],
         "ratio": [0.5, 1.0, rng.uniform(0, 2)],
         "calibration": [1.0, 0.4, rng.uniform(0, 2)],
+        "floor": [1e-6, 0.1],
+        "off_diagonal": [0.0, 0.9, 1.0],
+        "ridge": [1e-6, 0.1],
+        "power": [0.0, 0.5, 1.0],
+        "threshold": [0.0, 0.0, 0.3],
     }
     positive = rng.random() < 0.5
 
@@ -87,7 +92,7 @@ def random_setting(name: str, rng: random.Random) -> Setting:
             for key in names
             if rng.random() < 0.9 or key in ("weight", "t")
         }
-        values = {key: max(v, names[key].low) for key, v in values.items()}
+        values = {key: min(max(v, names[key].low), names[key].high) for key, v in values.items()}
         return {key: abs(v) if positive and key == "weight" else v for key, v in values.items()}
 
     models = {model: draw(spec.per_model) for model in rng.sample(MODELS, count)}
@@ -248,7 +253,7 @@ def usual_setting(name: str) -> Setting:
     usual |= {"rescale": True, "normalize": True, "gamma": 0.1, "epsilon": 0.2}
     usual |= {"select_topk": 0.5, "r": 0.5, "alpha": 2.0}
     values = {key: usual[key] for key in spec.per_model if key in usual}
-    shared = {key: usual[key] for key in spec.shared if key in usual}
+    shared = {key: min(usual[key], p.high) for key, p in spec.shared.items() if key in usual}
     return Setting(name, shared, {model: values for model in MODELS[: min(2, spec.max_models or 2)]})
 
 

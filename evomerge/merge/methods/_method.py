@@ -40,6 +40,33 @@ class Once(Protocol):
     def __call__(self, key: Hashable, compute: Callable[[], T]) -> T: ...
 
 
+class Statistics(Protocol):
+    """What models carry beside their weights, for methods that declare `needs`; by place in `deltas`."""
+
+    def __call__(self, index: int, kind: str) -> torch.Tensor | None:
+        """Those of this tensor in `dtype`, shaped as `sources.statistics` says; None where there are none."""
+        ...
+
+    def rms(self, index: int, kind: str) -> float:
+        """Root mean square over the entries of all tensors of the model that have statistics of `kind`."""
+        ...
+
+
+class NoStatistics:
+    """The `Statistics` of models that carry none."""
+
+    def __call__(self, index: int, kind: str) -> torch.Tensor | None:
+        """None."""
+        return None
+
+    def rms(self, index: int, kind: str) -> float:
+        """0."""
+        return 0.0
+
+
+NO_STATISTICS = NoStatistics()
+
+
 def compute_again(key: Hashable, compute: Callable[[], T]) -> T:
     """The `Once` that remembers nothing."""
     return compute()
@@ -61,6 +88,7 @@ class TensorInputs:
         name: the tensor's name, for methods that treat embeddings apart.
         chunk: the kernel is never asked for more entries than this at once.
         once: remembers what depends only on sources, from one candidate to the next.
+        statistics: of the models, for a method whose spec `needs` them.
     """
 
     base: torch.Tensor
@@ -73,6 +101,7 @@ class TensorInputs:
     name: str = ""
     chunk: int = CHUNK
     once: Once = compute_again
+    statistics: Statistics = NO_STATISTICS
 
     @property
     def models(self) -> tuple[str, ...]:
