@@ -9,11 +9,13 @@ Imports: `evomerge.sources`; torch only when a tensor is asked for.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import TensorInfo
 from evomerge.sources.source_set import SourceSet, task_vector
+from evomerge.sources.statistics import ModelStatistics
 from evomerge.sources.streamed import StreamedDelta, TaskVector
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class RenamedSources:
     """
 
     base_name = "each tensor's own base"  # no model's name: in which tensors one is the base differs
+    statistics: Mapping[str, ModelStatistics] = MappingProxyType({})  # mergekit files cannot name any
 
     def __init__(self, sources: SourceSet, origins: Mapping[str, Origin]) -> None:
         self._sources = sources
