@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 HEAD_DIM = 16
+BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")  # the same in all models
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -50,6 +51,9 @@ def _gpt_neox(layers: int, hidden: int, mlp: int, vocab: int) -> Shapes:
         block |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     for name in ("input_layernorm", "post_attention_layernorm"):
         block |= {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
+    # buffers that Pythia's checkpoints hold and today's transformers neither reads nor writes
+    block |= {"attention.bias": (1, 1, 8, 8), "attention.masked_bias": ()}
+    block |= {"attention.rotary_emb.inv_freq": (HEAD_DIM // 8,)}
     return {
         "embed_out.weight": (vocab, hidden),
         "gpt_neox.embed_in.weight": (vocab, hidden),

@@ -1,4 +1,4 @@
-"""Two-layer Llama models (and three more architectures), LoRA adapters and a working tokenizer, made in milliseconds from seeds.
+"""Two-layer models of four architectures, LoRA adapters and a working tokenizer, made quickly from seeds.
 
 Files are written with safetensors and tokenizers alone, so neither transformers nor peft is imported; both
 load what is written here (tests/sources/test_tiny.py). Every number comes from (seed, tensor name).
@@ -68,15 +68,20 @@ def tiny_model(
     folder.mkdir(parents=True, exist_ok=True)
     if noise_from is None:
         tensors = {
-            name: torch.ones(shape) if len(shape) == 1 else 0.1 * _normal(seed, name, shape)
+            name: 0.1 * _normal(seed, name, shape) if len(shape) == 2 else torch.ones(shape)
             for name, shape in _shapes(layers, hidden, vocab, tied, architecture).items()
         }
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        tensors = {
+            name: tensor.to(torch.uint8 if name.endswith(".attention.bias") else dtype)
+            for name, tensor in tensors.items()
+        }
         data = {**_config(layers, hidden, vocab, tied, dtype, architecture), **(config or {})}
         tiny_tokenizer(folder)
     else:
         tensors = {
-            name: (tensor.float() + noise * _normal(seed, name, tensor.shape)).to(tensor.dtype)
+            name: tensor
+            if name.endswith(architectures.BUFFERS)
+            else (tensor.float() + noise * _normal(seed, name, tensor.shape)).to(tensor.dtype)
             for name, tensor in load_file(noise_from / "model.safetensors").items()
         }
         data = {**json.loads((noise_from / "config.json").read_text()), **(config or {})}
