@@ -1,7 +1,8 @@
 """Merge what a mergekit file asks for, without mergekit.
 
 Everything is computed in float32 and cast once, whatever `dtype` says: with `dtype: float32` the weights
-are mergekit's; with `dtype: bfloat16` they are more exact than its own. Random masks are evomerge's.
+are mergekit's; with `dtype: bfloat16` they are more exact than its own. Random masks are evomerge's, or on
+request those that mergekit draws itself (`merge.replay`).
 
 Named documents, and adapters of other models than the base, become temporary model folders beside the output.
 
@@ -24,6 +25,7 @@ from evomerge.merge.cast import Float32Sources, cast
 from evomerge.merge.merger import Merger
 from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan, TensorOp
+from evomerge.merge.replay import Replay
 from evomerge.merge.writer import MAX_SHARD_BYTES, Say, planned, silent, write_model
 from evomerge.recipe import Recipe
 from evomerge.sources.checkpoint import TORCH_DTYPES, Checkpoint
@@ -40,6 +42,7 @@ def merge_mergekit(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     seed: int = 0,
     dtype: str | None = None,
+    mergekit_rng: int | None = None,
     say: Say = silent,
 ) -> Path:
     """Merge the mergekit file `path` into the model folder `out`; returns `out`.
@@ -53,6 +56,8 @@ def merge_mergekit(
         max_shard_bytes: most bytes of tensors in one file.
         seed: of random masks, in [0, 2**32).
         dtype: torch name of the dtype to write, in place of the file's.
+        mergekit_rng: draw the masks that mergekit draws with this `--random-seed`, in [0, 2**32), instead
+            of evomerge's; `merge.replay` says when that gives mergekit's bits.
         say: told of every shard of the last document.
 
     Raises:
@@ -61,6 +66,8 @@ def merge_mergekit(
         ExportError: `out` is in use, or the disk is too small.
     """
     *stages, last = read_mergekit(path)
+    if mergekit_rng is not None:
+        _check_replay(path, [*stages, last])
     if dtype is not None:
         last = replace(last, dtype=dtype)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -74,7 +81,7 @@ def merge_mergekit(
     )
     card += f"with evomerge from a mergekit file.\n\n```yaml\n{path.read_text(encoding='utf-8')}```\n"
     try:
-        run = _Run(path.parent, scratch, {}, seed)
+        run = _Run(path.parent, scratch, {}, seed, mergekit_rng)
         for document in stages:
             run.stage(document)
         return run.write(last, out, card, max_shard_bytes, say)
@@ -91,18 +98,22 @@ class _Run:
         scratch: where stages are written.
         done: name of a document, or reference of a model with an adapter -> its stage.
         seed: of random masks.
+        mergekit_rng: seed of mergekit's masks, None for evomerge's.
     """
 
     home: Path
     scratch: Path
     done: dict[str, Path]
     seed: int
+    mergekit_rng: int | None
 
     def stage(self, document: Document) -> Path:
         """Merge a document that others use, once."""
         name = str(document.name)
         if name not in self.done:
-            self.done[name] = self.write(document, self.scratch / f"{len(self.done):02d}")
+            # the place is taken first: merging it may need a stage for a model with an adapter
+            self.done[name] = self.scratch / f"{len(self.done):02d}"
+            self.write(document, self.done[name])
         return self.done[name]
 
     def write(
@@ -117,12 +128,15 @@ class _Run:
         sources, names = self._open(document)
         _check_tokens(document, sources)
         ops = _ops(document, sources, names, self.seed)
+        replay = None
+        if self.mergekit_rng is not None and document.spec.random:
+            replay = Replay(self.mergekit_rng, ops, sources)
         return write_model(
             folder,
             planned(sources.base, document.dtype),
-            partial(_tensors, document, ops, sources),
+            partial(_tensors, document, ops, sources, replay),
             sources.folders[sources.base_name],
-            key=" ".join((*(op.digest for op in ops), sources.stamp())),
+            key=" ".join((*(op.digest for op in ops), sources.stamp(), f"mergekit rng {self.mergekit_rng}")),
             max_shard_bytes=max_shard_bytes,
             card=card,
             dtype=document.dtype,
@@ -167,7 +181,7 @@ class _Run:
 
 
 def _tensors(
-    document: Document, ops: Sequence[TensorOp], sources: SourceSet, names: Set[str]
+    document: Document, ops: Sequence[TensorOp], sources: SourceSet, replay: Replay | None, names: Set[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in `names`, merged, in the dtype that the document asks for."""
     merger = Merger(Float32Sources(sources))
@@ -175,7 +189,9 @@ def _tensors(
         if op.tensor not in names:
             continue
         copied = _copied(op, sources)
-        if copied is None:
+        if replay is not None:
+            tensor = replay.merge(op)
+        elif copied is None:
             ((_, tensor),) = merger.materialize(MergePlan(sources.base_name, (op,)))
         else:
             tensor = copied.read(op.tensor)
@@ -211,6 +227,25 @@ def _copied(op: TensorOp, sources: SourceSet) -> Checkpoint | None:
         return None
     source = sources.base if named[0] == sources.base_name else sources.sources[named[0]]
     return source if isinstance(source, Checkpoint) else None
+
+
+def _check_replay(path: Path, documents: Sequence[Document]) -> None:
+    """mergekit's masks can be drawn again where it draws some, in float32, and merges no adapter."""
+    random = [document for document in documents if document.spec.random]
+    if not random:
+        raise RecipeError(f"{path}: no document draws random masks; leave `--mergekit-rng` out")
+    for document in random:
+        if document.computed_in != "float32":
+            raise RecipeError(
+                f"{document.where}: `dtype` is {document.computed_in or 'not given'}, but mergekit's masks "
+                "can be drawn again for float32 only; write `dtype: float32`, and an `out_dtype` if you wish"
+            )
+        adapted = [ref for ref in document.refs if ref.lora]
+        if adapted:
+            raise RecipeError(
+                f"{document.where}: `{adapted[0]}` has an adapter, and merging it, unless it lies in a "
+                "cache, moves mergekit's generator on; merge the adapter into a model of its own first"
+            )
 
 
 def _check_tokens(document: Document, sources: SourceSet) -> None:

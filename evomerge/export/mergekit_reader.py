@@ -92,6 +92,7 @@ class Document:
             differences from it.
         parameters: of the document.
         dtype: torch name of the dtype written, None for the base's.
+        computed_in: torch name of the dtype in which mergekit computes, None for that of its inputs.
         base_tokens: whether it asks for the base's tokenizer by name.
     """
 
@@ -102,6 +103,7 @@ class Document:
     models: tuple[tuple[ModelRef, Parameters], ...]
     parameters: Parameters
     dtype: str | None = None
+    computed_in: str | None = None
     base_tokens: bool = False
 
     @property
@@ -225,6 +227,7 @@ def _document(data: Mapping[str, Any], where: str) -> Document:
         models=_inputs(spec, base, models, where, parameters),
         parameters=parameters,
         dtype=data.get("out_dtype") or data.get("dtype"),
+        computed_in=data.get("dtype"),
         base_tokens=any(key in data for key in TOKENIZER),
     )
 
