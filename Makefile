@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN := runs/demo
 
-.PHONY: demo test lint format clean
+.PHONY: demo test parity lint format clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ demo: $(VENV)/.demo
 test: lint
 	$(BIN)/python examples/smollm2/base.py
 	$(BIN)/python -m pytest
+
+# Many more random recipes than `make test` draws, of every method, through mergekit and through us.
+parity: $(VENV)/.dev
+	EVOMERGE_PARITY=$${EVOMERGE_PARITY:-25} $(BIN)/python -m pytest tests/parity
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

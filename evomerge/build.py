@@ -426,12 +426,16 @@ def merge_model(
     max_shard_gb: float = 5.0,
     dtype: str | None = None,
     allow_changed: bool = False,
+    mergekit_rng: int | None = None,
     say: Say = silent,
 ) -> Path:
     """Merge a recipe file, or a mergekit YAML, into a model folder; returns the folder.
 
     Tensors are merged in float32 and rounded once: to `dtype` (a torch name), or each to its own in the base
     (None; a mergekit file may say otherwise). A merge that was killed goes on at its first missing shard.
+
+    `mergekit_rng` (mergekit files only) draws the masks that mergekit draws with that `--random-seed`; see
+    `evomerge.merge.replay` for when the result has mergekit's bits.
 
     Raises:
         EvomergeError: what is wrong, and what to change.
@@ -440,7 +444,14 @@ def merge_model(
         raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(WRITTEN)}")
     path, max_shard_bytes = Path(recipe), int(max_shard_gb * 1e9)
     if is_mergekit(path):
-        return merge_mergekit(path, Path(out), max_shard_bytes=max_shard_bytes, dtype=dtype, say=say)
+        return merge_mergekit(
+            path, Path(out), max_shard_bytes=max_shard_bytes, dtype=dtype, mergekit_rng=mergekit_rng, say=say
+        )
+    if mergekit_rng is not None:
+        raise ConfigError(
+            f"{path} is a recipe of evomerge, whose masks are its own; `--mergekit-rng` is for mergekit "
+            "files, such as the `mergekit.yaml` that a run exports beside its recipe"
+        )
     opened, sources, layout = open_recipe(path, changed=allow_changed)
     return export_model(
         Path(out), opened, sources, layout, max_shard_bytes=max_shard_bytes, dtype=dtype, say=say

@@ -137,6 +137,17 @@ def merge(
     allow_changed: Annotated[
         bool, typer.Option("--allow-changed", help="Merge sources that changed since the recipe was scored.")
     ] = False,
+    mergekit_rng: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            min=0,
+            max=2**32 - 1,
+            help="For a mergekit YAML with `dtype: float32`: draw the masks of dare and della as mergekit "
+            "does with --random-seed SEED, on one CPU process. Bit-equal for up to 4 full models with the "
+            "same torch and number of threads; not with adapters or a tokenizer key.",
+        ),
+    ] = None,
 ) -> None:
     """Merge a recipe into a model folder, one tensor at a time; goes on where a killed merge stopped."""
     from evomerge.build import merge_model
@@ -147,6 +158,7 @@ def merge(
         max_shard_gb=max_shard_gb,
         dtype=dtype,
         allow_changed=allow_changed,
+        mergekit_rng=mergekit_rng,
         say=lambda message: err.print(message, highlight=False, soft_wrap=True),
     )
     out.print(f"Wrote {written}", highlight=False)

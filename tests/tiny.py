@@ -1,4 +1,4 @@
-"""Two-layer Llama models, LoRA adapters and a working tokenizer, made in milliseconds from seeds.
+"""Two-layer models of four architectures, LoRA adapters and a working tokenizer, made quickly from seeds.
 
 Files are written with safetensors and tokenizers alone, so neither transformers nor peft is imported; both
 load what is written here (tests/sources/test_tiny.py). Every number comes from (seed, tensor name).
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from tests import architectures
 
 HIDDEN, HEADS, HEAD_DIM, MLP, LAYERS = 64, 2, 32, 96, 2
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>", "<unk>")
@@ -45,9 +47,10 @@ def tiny_model(
     layers: int = LAYERS,
     hidden: int = HIDDEN,
     vocab: int = VOCAB,
+    architecture: str = "llama",
     config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a Llama checkpoint with tokenizer to `folder` and return it.
+    """Write a checkpoint with tokenizer to `folder` and return it.
 
     Args:
         folder: created; files in it are overwritten.
@@ -59,20 +62,26 @@ def tiny_model(
         dtype: of all tensors.
         layers, hidden, vocab: size; heads have 32 dimensions, the mlp 1.5 times `hidden`. Rows past the
             tokenizer's 128 tokens are padding.
+        architecture: "llama", "qwen2", "gemma" (always tied) or "gpt_neox" (never tied).
         config: entries that replace those of config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if noise_from is None:
         tensors = {
-            name: torch.ones(shape) if len(shape) == 1 else 0.1 * _normal(seed, name, shape)
-            for name, shape in _shapes(layers, hidden, vocab, tied).items()
+            name: 0.1 * _normal(seed, name, shape) if len(shape) == 2 else torch.ones(shape)
+            for name, shape in _shapes(layers, hidden, vocab, tied, architecture).items()
         }
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        data = {**_config(layers, hidden, vocab, tied, dtype), **(config or {})}
+        tensors = {
+            name: tensor.to(torch.uint8 if name.endswith(".attention.bias") else dtype)
+            for name, tensor in tensors.items()
+        }
+        data = {**_config(layers, hidden, vocab, tied, dtype, architecture), **(config or {})}
         tiny_tokenizer(folder)
     else:
         tensors = {
-            name: (tensor.float() + noise * _normal(seed, name, tensor.shape)).to(tensor.dtype)
+            name: tensor
+            if name.endswith(architectures.BUFFERS)
+            else (tensor.float() + noise * _normal(seed, name, tensor.shape)).to(tensor.dtype)
             for name, tensor in load_file(noise_from / "model.safetensors").items()
         }
         data = {**json.loads((noise_from / "config.json").read_text()), **(config or {})}
@@ -173,8 +182,12 @@ def tiny_adapter(
     return folder
 
 
-def _shapes(layers: int, hidden: int, vocab: int, tied: bool) -> dict[str, tuple[int, ...]]:
+def _shapes(
+    layers: int, hidden: int, vocab: int, tied: bool, architecture: str
+) -> dict[str, tuple[int, ...]]:
     mlp = hidden * MLP // HIDDEN
+    if architecture != "llama":
+        return architectures.shapes(architecture, layers, hidden, mlp, vocab, tied)
     block = {
         **{f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"},
         "mlp.gate_proj.weight": (mlp, hidden),
@@ -190,7 +203,18 @@ def _shapes(layers: int, hidden: int, vocab: int, tied: bool) -> dict[str, tuple
     return shapes
 
 
-def _config(layers: int, hidden: int, vocab: int, tied: bool, dtype: torch.dtype) -> dict[str, Any]:
+def _config(
+    layers: int, hidden: int, vocab: int, tied: bool, dtype: torch.dtype, architecture: str
+) -> dict[str, Any]:
+    ends = {
+        "bos_token_id": START,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if architecture != "llama":
+        mlp = hidden * MLP // HIDDEN
+        return {**architectures.config(architecture, layers, hidden, mlp, vocab, tied), **ends}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -208,10 +232,7 @@ def _config(layers: int, hidden: int, vocab: int, tied: bool, dtype: torch.dtype
         "mlp_bias": False,
         "tie_word_embeddings": tied,
         "vocab_size": vocab,
-        "bos_token_id": START,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-        "dtype": str(dtype).removeprefix("torch."),
+        **ends,
     }
 
 

@@ -13,6 +13,7 @@ from evomerge.export.mergekit import is_random, mergekit_documents, mergekit_tex
 from evomerge.export.recipe_file import dump_yaml, recipe_document, write_yaml
 from evomerge.merge.cast import CastMerge
 from evomerge.merge.methods import SPECS
+from evomerge.merge.methods.della import row_length
 from evomerge.merge.plan import MergePlan
 from evomerge.merge.writer import Say, planned, silent, write_model
 from evomerge.recipe import Recipe
@@ -35,7 +36,7 @@ def export_recipe(
     )
     target = folder / "mergekit.yaml"
     target.unlink(missing_ok=True)
-    notes = _dtype_notes(sources)
+    notes = [*_dtype_notes(sources), *buffer_notes(sources), *rank_notes(recipe, sources, layout)]
     try:
         documents = mergekit_documents(recipe, layout, SPECS, places(sources), base_dtype(sources))
     except ExportError as error:
@@ -114,6 +115,36 @@ def _dtype_notes(sources: SourceSet) -> list[str]:
         f"the base stores tensors in {main} and in {', '.join(others)}, but mergekit writes {main} only; "
         "`evomerge merge` keeps each tensor's dtype"
     ]
+
+
+def buffer_notes(sources: SourceSet) -> list[str]:
+    """mergekit asks GPT-NeoX checkpoints for buffers that today's transformers no longer stores.
+
+    It merges adapters with transformers, so no adapter can be merged into such a model.
+    """
+    stored = any(name.endswith(".attention.masked_bias") for name in sources.base.tensors)
+    adapters = [name for name in sources.models if sources.refs[name].adapter]
+    if sources.base.config.get("model_type") != "gpt_neox" or (stored and not adapters):
+        return []
+    return [
+        "mergekit 0.1.5 refuses GPT-NeoX models without the buffers `attention.bias`, "
+        "`attention.masked_bias` and `rotary_emb.inv_freq`, which transformers no longer writes: the base or "
+        "an adapter merged into it lacks them; merge with `evomerge merge recipe.yaml` instead"
+    ]
+
+
+def rank_notes(recipe: Recipe, sources: SourceSet, layout: Layout) -> list[str]:
+    """mergekit's della divides by the number of entries of a row less one, and fails where that is 0."""
+    for op in MergePlan.compile(recipe, layout, SPECS).ops:
+        thinned = any(
+            "epsilon" in values and values["density"] < 1.0 for values in op.setting.models.values()
+        )
+        if thinned and row_length(sources.base.tensors[op.tensor].shape) == 1:
+            return [
+                f"mergekit 0.1.5 cannot merge `{op.tensor}` by {op.setting.method}: its rows have one entry; "
+                "merge with `evomerge merge recipe.yaml` instead"
+            ]
+    return []
 
 
 def scores_of(result: Result) -> dict[str, Any]:

@@ -46,6 +46,9 @@ def mergekit_documents(
 ) -> list[dict[str, Any]]:
     """The recipe as one mergekit document, or several for `mergekit-multi`.
 
+    A document has one order of models for all cells: the recipe's, after the base. Where a setting sums in
+    another order, the last bit of float32 differs.
+
     Args:
         recipe: what to merge; parameters that it leaves out have their defaults.
         layout: cells of the base.
@@ -106,9 +109,15 @@ def mergekit_text(
         lines.append("Random masks: mergekit draws other masks than evomerge, so the weights will differ.")
         lines.append("`evomerge merge recipe.yaml OUT` gives the weights that were scored.")
     if any(document["merge_method"] == "arcee_fusion" for document in documents):
-        lines.append("arcee_fusion: in tensors of more than 1e6 entries mergekit draws a sample to find the")
+        lines += [
+            "arcee_fusion: mergekit sums in float32, and of tensors above 1e6 entries it draws a sample to",
+            "find the threshold: near it, weights differ from those of `evomerge merge recipe.yaml OUT`.",
+        ]
+    if any(
+        document["merge_method"] == "multislerp" and len(document["models"]) > 2 for document in documents
+    ):
         lines.append(
-            "threshold, so a few weights will differ from those of `evomerge merge recipe.yaml OUT`."
+            "multislerp: mergekit stops at a tensor that has not changed in any of three or more models."
         )
     head = "".join(f"# {line}\n" for line in (*lines, *notes))
     return head + "---\n".join(dump_yaml(document) for document in documents)

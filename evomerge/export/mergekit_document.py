@@ -40,6 +40,7 @@ class Document:
         parameters: of the document, or of the slice and then of the document.
         slices: in the order of the merged model's layers; empty for whole models.
         dtype: torch name of the dtype written, None for the base's.
+        computed_in: torch name of the dtype in which mergekit computes, None for that of its inputs.
         base_tokens: whether it asks for the base's tokenizer by name.
     """
 
@@ -51,6 +52,7 @@ class Document:
     parameters: Parameters
     slices: tuple[Slice, ...] = ()
     dtype: str | None = None
+    computed_in: str | None = None
     base_tokens: bool = False
 
     @property

@@ -1,7 +1,8 @@
 """Merge what a mergekit file asks for, without mergekit.
 
 Everything is computed in float32 and cast once, whatever `dtype` says: with `dtype: float32` the weights
-are mergekit's; with `dtype: bfloat16` they are more exact than its own. Random masks are evomerge's.
+are mergekit's; with `dtype: bfloat16` they are more exact than its own. Random masks are evomerge's, or on
+request those that mergekit draws itself (`merge.replay`).
 
 Named documents, and adapters of other models than the base, become temporary model folders beside the output.
 
@@ -30,6 +31,7 @@ from evomerge.merge.cast import Float32Sources, cast
 from evomerge.merge.merger import Merger
 from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan, TensorOp
+from evomerge.merge.replay import Replay
 from evomerge.merge.shards import Entry
 from evomerge.merge.writer import MAX_SHARD_BYTES, Say, planned, planned_entry, silent, write_model
 from evomerge.recipe import Recipe, Setting
@@ -49,6 +51,7 @@ def merge_mergekit(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     seed: int = 0,
     dtype: str | None = None,
+    mergekit_rng: int | None = None,
     say: Say = silent,
 ) -> Path:
     """Merge the mergekit file `path` into the model folder `out`; returns `out`.
@@ -62,6 +65,8 @@ def merge_mergekit(
         max_shard_bytes: most bytes of tensors in one file.
         seed: of random masks, in [0, 2**32).
         dtype: torch name of the dtype to write, in place of the file's.
+        mergekit_rng: draw the masks that mergekit draws with this `--random-seed`, in [0, 2**32), instead
+            of evomerge's; `merge.replay` says when that gives mergekit's bits.
         say: told of every shard of the last document.
 
     Raises:
@@ -70,6 +75,8 @@ def merge_mergekit(
         ExportError: `out` is in use, or the disk is too small.
     """
     *stages, last = read_mergekit(path)
+    if mergekit_rng is not None:
+        _check_replay(path, [*stages, last])
     if dtype is not None:
         last = replace(last, dtype=dtype)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -83,7 +90,7 @@ def merge_mergekit(
     )
     card += f"with evomerge from a mergekit file.\n\n```yaml\n{path.read_text(encoding='utf-8')}```\n"
     try:
-        run = MergekitRun(path.parent, scratch, {}, seed)
+        run = MergekitRun(path.parent, scratch, {}, seed, mergekit_rng)
         for document in stages:
             run.stage(document)
         return run.write(last, out, card, max_shard_bytes, say)
@@ -100,18 +107,22 @@ class MergekitRun:
         scratch: where stages are written.
         done: name of a document, or reference of a model with an adapter -> its stage.
         seed: of random masks.
+        mergekit_rng: seed of mergekit's masks, None for evomerge's.
     """
 
     home: Path
     scratch: Path
     done: dict[str, Path]
     seed: int
+    mergekit_rng: int | None = None
 
     def stage(self, document: Document) -> Path:
         """Merge a document that others use, once."""
         name = str(document.name)
         if name not in self.done:
-            self.done[name] = self.write(document, self.scratch / f"{len(self.done):02d}")
+            # the place is taken first: merging it may need a stage for a model with an adapter
+            self.done[name] = self.scratch / f"{len(self.done):02d}"
+            self.write(document, self.done[name])
         return self.done[name]
 
     def write(
@@ -126,7 +137,8 @@ class MergekitRun:
         sources, names = self.open(document)
         _check_tokens(document, sources)
         models: SourceSet | RenamedSources = sources
-        donor, key = sources.folders[sources.base_name], [sources.stamp()]
+        donor = sources.folders[sources.base_name]
+        key = [sources.stamp(), f"mergekit rng {self.mergekit_rng}"]
         if document.slices:
             outputs = sliced_outputs(document, sources, names)
             layers = layer_sources(document, names)
@@ -139,10 +151,13 @@ class MergekitRun:
             outputs = whole_outputs(document, sources)
             entries = planned(sources.base, document.dtype)
         ops = operations(outputs, names, self.seed, sources.base_name)
+        replay = None
+        if self.mergekit_rng is not None and document.spec.random:
+            replay = Replay(self.mergekit_rng, ops, sources)
         return write_model(
             folder,
             entries,
-            partial(_tensors, document, ops, models, entries),
+            partial(_tensors, document, ops, models, entries, replay),
             donor,
             key=" ".join((*(op.digest for op in ops), *key)),
             max_shard_bytes=max_shard_bytes,
@@ -201,6 +216,7 @@ def _tensors(
     ops: Sequence[TensorOp],
     sources: SourceSet | RenamedSources,
     entries: Sequence[Entry],
+    replay: Replay | None,
     names: Set[str],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in `names`, merged, in the dtypes of `entries`."""
@@ -209,7 +225,9 @@ def _tensors(
         if op.tensor not in names:
             continue
         copied = _copied(op)
-        if copied is None:
+        if replay is not None:
+            tensor = replay.merge(op)
+        elif copied is None:
             ((_, tensor),) = merger.materialize(MergePlan(sources.base_name, (op,)))
         else:
             tensor = sources.whole(copied, op.tensor)
@@ -262,6 +280,30 @@ def _donor(folder: Path, config: Mapping[str, Any], into: Path) -> Path:
             (into / file.name).symlink_to(file.resolve())
     (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return into
+
+
+def _check_replay(path: Path, documents: Sequence[Document]) -> None:
+    """mergekit's masks can be drawn again where it draws some, in float32, and merges no adapter."""
+    random = [document for document in documents if document.spec.random]
+    if not random:
+        raise RecipeError(f"{path}: no document draws random masks; leave `--mergekit-rng` out")
+    for document in random:
+        if document.slices:
+            raise RecipeError(
+                f"{document.where}: it has `slices`, and mergekit's masks can be drawn again for `models` "
+                "only; leave `--mergekit-rng` out"
+            )
+        if document.computed_in != "float32":
+            raise RecipeError(
+                f"{document.where}: `dtype` is {document.computed_in or 'not given'}, but mergekit's masks "
+                "can be drawn again for float32 only; write `dtype: float32`, and an `out_dtype` if you wish"
+            )
+        adapted = [ref for ref in document.refs if ref.lora]
+        if adapted:
+            raise RecipeError(
+                f"{document.where}: `{adapted[0]}` has an adapter, and merging it, unless it lies in a "
+                "cache, moves mergekit's generator on; merge the adapter into a model of its own first"
+            )
 
 
 def _check_tokens(document: Document, sources: SourceSet) -> None:

@@ -110,6 +110,7 @@ def _document(data: Mapping[str, Any], where: str) -> Document:
         models=(),
         parameters={},
         dtype=data.get("out_dtype") or data.get("dtype"),
+        computed_in=data.get("dtype"),
         base_tokens=any(key in data for key in TOKENIZER),
     )
     document = replace(

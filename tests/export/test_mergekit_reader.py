@@ -213,6 +213,14 @@ def test_a_selection_copies_its_stages_bit_by_bit(
     assert all(torch.equal(alone[name], selected[name]) for name in alone if "self_attn" not in name)
 
 
+def test_a_stage_may_merge_a_model_with_an_adapter(family: SourceSet, tmp_path: Path):
+    stage = ADAPTER_ON_AN_EXPERT.replace("bfloat16", "float32")
+    alone = weights_of(merge_mergekit(written(tmp_path / "a", stage, family), tmp_path / "alone"))
+    last = "merge_method: passthrough\nmodels: [{{model: one}}]\ndtype: float32\n---\nname: one"
+    staged = weights_of(merge_mergekit(written(tmp_path / "b", last + stage, family), tmp_path / "staged"))
+    assert all(torch.equal(alone[name], staged[name]) for name in alone)
+
+
 def test_stages_are_removed(pairs: dict[str, tuple[Path, Path]]):
     folder = pairs["stages"][1].parent
     assert sorted(path.name for path in folder.iterdir()) == ["OUT", "STAGES", "file.yaml", "ours"]

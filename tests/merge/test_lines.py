@@ -58,7 +58,9 @@ def test_task_arithmetic_under_lines_is_that_of_the_authors_code(case, dtype, me
     torch.testing.assert_close(merged, expected, rtol=0, atol=len(models) * DECIMALS + 1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if "lambda" in spec.shared])
+@pytest.mark.parametrize(
+    "name", [name for name, spec in SPECS.items() if "lambda" in spec.shared and "weight" in spec.per_model]
+)
 @pytest.mark.parametrize("layer", [0, 3, 4, None])
 def test_every_method_with_lambda_has_its_task_vector_scaled_by_depth(name, layer, merge):
     shape, generator = (6, 7), torch.Generator().manual_seed(0)

@@ -14,11 +14,13 @@ from tests.tiny import EOS, VOCAB, tiny_adapter, tiny_model
 def test_transformers_loads_every_tensor(tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
-    for tied in (True, False):
-        folder = tiny_model(tmp_path / str(tied), tied=tied)
+    kinds = [("llama", True), ("llama", False), ("qwen2", True), ("gemma", True), ("gpt_neox", False)]
+    for architecture, tied in kinds:
+        folder = tiny_model(tmp_path / f"{architecture}{tied}", tied=tied, architecture=architecture)
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert not any(info.values())
+        assert not any(info.values()), architecture
         assert model.dtype == torch.bfloat16
+        assert model.config.model_type == architecture
 
 
 def test_the_tokenizer_gives_text_back(tmp_path: Path):
