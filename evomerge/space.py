@@ -97,7 +97,8 @@ class Family:
         changes: per model the cells that it may change; its keys are the models, in order.
         specs: the merge methods by name.
         base: name of the base model.
-        seed: root of the random masks, copied into every recipe.
+        seed: root of the random masks, copied into every recipe that draws some. The others have 0, so that
+            runs of different seeds know them by the same digest.
         statistics: kinds of statistics that each model carries.
     """
 
@@ -137,7 +138,9 @@ class Family:
             result = done[key]
             if result != BASE_COPY:
                 canonical[cell] = result
-        return Recipe(self.base, self.models, canonical, seed=self.seed, modules=self.layout.extra_modules)
+        random = any(self.specs[setting.method].random for setting in canonical.values())
+        seed = self.seed if random else 0
+        return Recipe(self.base, self.models, canonical, seed=seed, modules=self.layout.extra_modules)
 
 
 def _module_groups(

@@ -272,9 +272,18 @@ def test_encoded_values_stay_inside_the_bounds():
     assert set(narrow.encode(recipe).values()) == {1.0}
 
 
-def test_seed_and_module_patterns_travel_with_the_recipe():
-    bound = space().bind(family(seed=9))
+def test_a_recipe_with_random_masks_has_the_seed():
+    bound = space(methods=["dare_linear"], constants={"density": 0.5}).bind(family(seed=9))
     assert bound.decode(draw(bound, 0)).seed == 9
+
+
+def test_a_recipe_without_random_masks_has_one_digest_whatever_the_seed():
+    one, other = (space().bind(family(seed=seed)) for seed in (1, 2))
+    assert one.decode(draw(one, 0)).digest == other.decode(draw(one, 0)).digest
+
+
+def test_module_patterns_travel_with_the_recipe():
+    bound = space().bind(family(seed=9))
 
 
 @pytest.mark.parametrize(
