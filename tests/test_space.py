@@ -7,12 +7,14 @@ import random
 import pytest
 
 from evomerge.errors import ConfigError, RecipeError
+from evomerge.merge.methods import SPECS
 from evomerge.recipe import Cell, Recipe
 from evomerge.resources import resource_folder
 from evomerge.search.base import CategoricalParameter, FloatParameter, Params
-from evomerge.space import BoundSpace, SearchSpace
+from evomerge.sources.layout import Layout
+from evomerge.space import BoundSpace, Family, SearchSpace
 from evomerge.yamlfile import load_yaml, validate
-from tests.family import family
+from tests.family import family, tensor_names
 
 SHIPPED = sorted(path.stem for path in resource_folder("search_spaces").glob("*.yaml"))
 
@@ -283,7 +285,10 @@ def test_a_recipe_without_random_masks_has_one_digest_whatever_the_seed():
 
 
 def test_module_patterns_travel_with_the_recipe():
-    bound = space().bind(family(seed=9))
+    layout = Layout(tensor_names(12), {"query": ["q_proj"]})
+    changes = {"math": {cell for cell in layout.by_cell if cell.module == "query"}}
+    bound = space().bind(Family(layout, changes, SPECS))
+    assert bound.decode(draw(bound, 0)).modules == {"query": ("q_proj",)}
 
 
 @pytest.mark.parametrize(
