@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -144,7 +145,7 @@ class MergekitRun:
             layers = layer_sources(document, names)
             config = layered_config(sources, layers, document.where)
             models = RenamedSources(sources, {output.name: output.origin(names) for output in outputs})
-            donor = _donor(donor, config, self.scratch / f"donor-{len(self.done):02d}")
+            donor = _donor(donor, config, self.scratch)
             key.append(json.dumps(layers))
             entries = [planned_entry(o.name, models.info(o.name), document.dtype) for o in outputs]
         else:
@@ -272,9 +273,9 @@ def _copied(op: TensorOp) -> str | None:
     return named[0] if op.setting.method == "linear" and [weights[n] for n in named] == [1.0] else None
 
 
-def _donor(folder: Path, config: Mapping[str, Any], into: Path) -> Path:
-    """A folder like `folder`, without its tensors and with another config.json."""
-    into.mkdir()
+def _donor(folder: Path, config: Mapping[str, Any], scratch: Path) -> Path:
+    """A new folder in `scratch` like `folder`, without its tensors and with another config.json."""
+    into = Path(tempfile.mkdtemp(prefix="donor-", dir=scratch))
     for file in folder.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != "config.json":
             (into / file.name).symlink_to(file.resolve())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def test_a_merge_whose_source_was_replaced_does_not_go_on_with_old_shards(tmp_pa
     refs = {"math": SourceRef(model=str(math))}
     before = SourceSet.open(SourceRef(model=str(base)), refs).stamp()
     tiny_model(tmp_path / "math", seed=2, noise_from=base)
+    os.utime(math / "model.safetensors", (1.0, 1.0))  # both may be written within one tick of the clock
     assert SourceSet.open(SourceRef(model=str(base)), refs).stamp() != before
 
 
