@@ -16,7 +16,7 @@ from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import TensorInfo
 from evomerge.sources.source_set import SourceSet, task_vector
 from evomerge.sources.statistics import ModelStatistics
-from evomerge.sources.streamed import StreamedDelta, TaskVector
+from evomerge.sources.streamed import TaskVector, streamed
 
 if TYPE_CHECKING:
     import torch
@@ -79,5 +79,4 @@ class RenamedSources:
         if isinstance(self._sources.sources.get(model), Adapter):
             delta = self.delta(model, name)
             return None if delta is None else delta.reshape(-1)
-        streamed = StreamedDelta(self._sources.checkpoint(model), origin.tensors[model], base)
-        return streamed if streamed.any() else None
+        return streamed(self._sources.checkpoint(model), origin.tensors[model], base)

@@ -18,7 +18,7 @@ from evomerge.sources.compatibility import check
 from evomerge.sources.layout import Layout
 from evomerge.sources.reference import SourceRef, commit_of, resolve
 from evomerge.sources.statistics import ModelStatistics
-from evomerge.sources.streamed import StreamedDelta, TaskVector
+from evomerge.sources.streamed import TaskVector, streamed
 from evomerge.sources.tying import mergeable
 
 if TYPE_CHECKING:
@@ -162,8 +162,7 @@ class SourceSet:
         if isinstance(source, Adapter) or not self.may_change(model, name):
             delta = self.delta(model, name)
             return None if delta is None else delta.reshape(-1)
-        streamed = StreamedDelta(source, name, base)
-        return streamed if streamed.any() else None
+        return streamed(source, name, base)
 
     def stamp(self) -> str:
         """Names, sizes and times of all tensor files: whether one was replaced, without reading it."""

@@ -64,3 +64,9 @@ class StreamedDelta:
     def any(self) -> bool:
         """Whether an entry differs from zero; as a rule the first block tells."""
         return any(bool(self[low : low + BLOCK].any()) for low in range(0, self.numel(), BLOCK))
+
+
+def streamed(files: TensorFiles, key: str, base: torch.Tensor) -> StreamedDelta | None:
+    """The `StreamedDelta` of these; None when every entry equals the base's."""
+    delta = StreamedDelta(files, key, base)
+    return delta if delta.any() else None

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from evomerge.merge.methods._method import CHUNK, Kernel, TensorInputs
-from evomerge.recipe import BASE_COPY, DECIMALS, ParameterSpec, Setting, rounded
+from evomerge.merge.methods._method import CHUNK, Kernel, Method, TensorInputs
+from evomerge.recipe import BASE_COPY, DECIMALS, MethodSpec, ParameterSpec, Setting, rounded
 
 if TYPE_CHECKING:
     import torch
@@ -215,6 +215,57 @@ class GtaKernel:
         if self.scale != 1.0:
             mix.mul_(self.scale)
         out.add_(mix)
+
+
+def sparsified(
+    name: str,
+    sparsify: Sparsify,
+    *,
+    elect: bool,
+    normalized: bool,
+    rescaled: bool,
+    source: str,
+    alone: str = "",
+    extra: Mapping[str, ParameterSpec] = MappingProxyType({}),
+    random: bool = False,
+    simplify: Callable[[Setting], Setting] = lambda setting: setting,
+) -> Method:
+    """A method of the family that keeps a part of each task vector; mergekit has it under the same name.
+
+    Without election it is base + lambda sum_i w_i kept_i, with it the same over the models whose entry has
+    the elected sign; `normalize` divides by the sum of the weights that take part.
+
+    Args:
+        name: of the method.
+        sparsify: what is kept, see `gta`.
+        elect: whether signs are elected.
+        normalized: default of `normalize`.
+        rescaled: default of `rescale`.
+        source: see `MethodSpec`.
+        alone: with `elect`: the method's name when one model is left.
+        extra: the sparsifier's own parameters of a model.
+        random: whether the sparsifier draws masks.
+        simplify: applied to the family's canonical form, where the sparsifier has simpler ones.
+    """
+    defaults = {key: float(spec.default) for key, spec in extra.items() if spec.default is not None}
+
+    def canonical(setting: Setting) -> Setting:
+        complete = spec.complete(setting, name)
+        if elect:
+            return simplify(canonical_consensus(complete, dense="ties", alone=alone, extra=defaults))
+        return simplify(canonical_sum(complete, defaults))
+
+    spec = MethodSpec(
+        name=name,
+        shared={"lambda": LAMBDA, "normalize": normalize(normalized), "rescale": rescale(rescaled)},
+        per_model={"weight": WEIGHT, "density": DENSITY, **extra},
+        canonical=canonical,
+        unchanged_is_absent=True,
+        random=random,
+        mergekit=name,
+        source=source,
+    )
+    return Method(spec, lambda inputs: gta(inputs, sparsify=sparsify, consensus=elect), streams=True)
 
 
 def canonical_sum(setting: Setting, extra: Extra = NO_EXTRA) -> Setting:

@@ -11,19 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merge.methods._gta import (
-    DENSITY,
-    LAMBDA,
-    WEIGHT,
-    Kept,
-    canonical_consensus,
-    canonical_sum,
-    gta,
-    normalize,
-    rescale,
-)
-from evomerge.merge.methods._method import Kernel, Method, TensorInputs
-from evomerge.recipe import MethodSpec, ParameterSpec, Setting
+from evomerge.merge.methods._gta import Kept, sparsified
+from evomerge.merge.methods._method import TensorInputs
+from evomerge.recipe import ParameterSpec
 
 if TYPE_CHECKING:
     from evomerge.sources.streamed import TaskVector
@@ -31,7 +21,6 @@ if TYPE_CHECKING:
 GAMMA = ParameterSpec(
     low=0.0, high=1.0, default=0.01, doc="the fraction of the task vector dropped as its largest entries"
 )
-EXTRA = {"gamma": 0.01}
 
 
 def band(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Kept:
@@ -47,51 +36,27 @@ def band(inputs: TensorInputs, index: int, delta: TaskVector, density: float) ->
     return ranks.between(delta, outliers, kept)
 
 
-def linear_kernel(inputs: TensorInputs) -> Kernel:
-    """base + lambda sum_i w_i kept_i."""
-    return gta(inputs, sparsify=band, consensus=False)
-
-
-def ties_kernel(inputs: TensorInputs) -> Kernel:
-    """base + lambda sum_i w_i kept_i over the models whose entry has the elected sign."""
-    return gta(inputs, sparsify=band, consensus=True)
-
-
-def linear_canonical(setting: Setting) -> Setting:
-    """`lambda` and the divisor folded into the weights; nothing dropped is task arithmetic."""
-    return canonical_sum(LINEAR.complete(setting, LINEAR.name), EXTRA)
-
-
-def ties_canonical(setting: Setting) -> Setting:
-    """Largest weight 1 where only ratios matter; nothing dropped is `ties`, one model is `breadcrumbs`.
-
-    Without outliers it is not `ties`, which keeps one entry of a tensor where `int(density * n)` is 0.
-    """
-    complete = TIES.complete(setting, TIES.name)
-    return canonical_consensus(complete, dense="ties", alone="breadcrumbs", extra=EXTRA)
-
-
-SHARED = {"lambda": LAMBDA, "normalize": normalize(False), "rescale": rescale(False)}
-PER_MODEL = {"weight": WEIGHT, "density": DENSITY, "gamma": GAMMA}
 SOURCE = "Davari 2023, arXiv:2312.06795; per tensor as mergekit 0.1.5"
 
-LINEAR = MethodSpec(
-    name="breadcrumbs",
-    shared=SHARED,
-    per_model=PER_MODEL,
-    canonical=linear_canonical,
-    unchanged_is_absent=True,
-    mergekit="breadcrumbs",
+LINEAR = sparsified(
+    "breadcrumbs",
+    band,
+    elect=False,
+    normalized=False,
+    rescaled=False,
+    extra={"gamma": GAMMA},
     source=SOURCE,
 )
-TIES = MethodSpec(
-    name="breadcrumbs_ties",
-    shared=SHARED,
-    per_model=PER_MODEL,
-    canonical=ties_canonical,
-    unchanged_is_absent=True,
-    mergekit="breadcrumbs_ties",
+# Without outliers it is not `ties`, which keeps one entry of a tensor where `int(density * n)` is 0.
+TIES = sparsified(
+    "breadcrumbs_ties",
+    band,
+    elect=True,
+    normalized=False,
+    rescaled=False,
+    alone="breadcrumbs",
+    extra={"gamma": GAMMA},
     source=SOURCE,
 )
 
-METHODS = (Method(LINEAR, linear_kernel, streams=True), Method(TIES, ties_kernel, streams=True))
+METHODS = (LINEAR, TIES)

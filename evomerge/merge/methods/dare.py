@@ -9,19 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merge.methods._gta import (
-    DENSITY,
-    LAMBDA,
-    WEIGHT,
-    Kept,
-    canonical_consensus,
-    canonical_sum,
-    gta,
-    normalize,
-    rescale,
-)
-from evomerge.merge.methods._method import Kernel, Method, TensorInputs
-from evomerge.recipe import MethodSpec, Setting
+from evomerge.merge.methods._gta import Kept, sparsified
+from evomerge.merge.methods._method import TensorInputs
 
 if TYPE_CHECKING:
     from evomerge.sources.streamed import TaskVector
@@ -34,49 +23,20 @@ def drop(inputs: TensorInputs, index: int, delta: TaskVector, density: float) ->
     return Mask(keep_mask(inputs.seeds[index], density, delta.numel(), device=delta.device))
 
 
-def linear_kernel(inputs: TensorInputs) -> Kernel:
-    """base + lambda sum_i w_i kept_i."""
-    return gta(inputs, sparsify=drop, consensus=False)
-
-
-def ties_kernel(inputs: TensorInputs) -> Kernel:
-    """base + lambda sum_i w_i kept_i over the models whose entry has the elected sign."""
-    return gta(inputs, sparsify=drop, consensus=True)
-
-
-def linear_canonical(setting: Setting) -> Setting:
-    """`lambda` and the divisor folded into the weights; nothing dropped is task arithmetic."""
-    return canonical_sum(LINEAR.complete(setting, LINEAR.name))
-
-
-def ties_canonical(setting: Setting) -> Setting:
-    """Largest weight 1 where only ratios matter; nothing dropped is `ties`, one model is `dare_linear`."""
-    return canonical_consensus(TIES.complete(setting, TIES.name), dense="ties", alone="dare_linear")
-
-
-SHARED = {"lambda": LAMBDA, "normalize": normalize(False), "rescale": rescale(True)}
-PER_MODEL = {"weight": WEIGHT, "density": DENSITY}
 SOURCE = "Yu 2023, arXiv:2311.03099; rescaled by the L1 norm as mergekit 0.1.5"
 
-LINEAR = MethodSpec(
-    name="dare_linear",
-    shared=SHARED,
-    per_model=PER_MODEL,
-    canonical=linear_canonical,
-    unchanged_is_absent=True,
-    random=True,
-    mergekit="dare_linear",
-    source=SOURCE,
+LINEAR = sparsified(
+    "dare_linear", drop, elect=False, normalized=False, rescaled=True, random=True, source=SOURCE
 )
-TIES = MethodSpec(
-    name="dare_ties",
-    shared=SHARED,
-    per_model=PER_MODEL,
-    canonical=ties_canonical,
-    unchanged_is_absent=True,
+TIES = sparsified(
+    "dare_ties",
+    drop,
+    elect=True,
+    normalized=False,
+    rescaled=True,
     random=True,
-    mergekit="dare_ties",
+    alone="dare_linear",
     source=SOURCE,
 )
 
-METHODS = (Method(LINEAR, linear_kernel, streams=True), Method(TIES, ties_kernel, streams=True))
+METHODS = (LINEAR, TIES)

@@ -20,20 +20,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from evomerge.merge.methods._gta import (
-    DENSITY,
-    LAMBDA,
-    WEIGHT,
-    Kept,
-    canonical_consensus,
-    canonical_sum,
-    gta,
-    normalize,
-    rescale,
-)
-from evomerge.merge.methods._method import Kernel, Method, TensorInputs
+from evomerge.merge.methods._gta import Kept, sparsified
+from evomerge.merge.methods._method import TensorInputs
 from evomerge.merge.methods.dare import drop
-from evomerge.recipe import MethodSpec, ParameterSpec, Setting
+from evomerge.recipe import ParameterSpec, Setting
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +48,6 @@ EPSILON = ParameterSpec(
     below_doc="the smaller of density and 1 - density, so that every probability lies inside (0, 1); "
     "change epsilon or density",
 )
-EXTRA = {"epsilon": 0.15}
 
 
 def thin(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Kept:
@@ -103,27 +92,6 @@ def row_ranks(delta: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return ranks.reshape(-1)
 
 
-def linear_kernel(inputs: TensorInputs) -> Kernel:
-    """base + lambda sum_i w_i kept_i."""
-    return gta(inputs, sparsify=thin, consensus=False)
-
-
-def ties_kernel(inputs: TensorInputs) -> Kernel:
-    """base + lambda sum_i w_i kept_i / sum_i w_i over the models whose entry has the elected sign."""
-    return gta(inputs, sparsify=thin, consensus=True)
-
-
-def linear_canonical(setting: Setting) -> Setting:
-    """`lambda` and the divisor folded into the weights; nothing dropped is task arithmetic."""
-    return _as_dare(canonical_sum(LINEAR.complete(setting, LINEAR.name), EXTRA))
-
-
-def ties_canonical(setting: Setting) -> Setting:
-    """Largest weight 1 where only ratios matter; nothing dropped is `ties`, one model is `della_linear`."""
-    complete = TIES.complete(setting, TIES.name)
-    return _as_dare(canonical_consensus(complete, dense="ties", alone="della_linear", extra=EXTRA))
-
-
 def _as_dare(setting: Setting) -> Setting:
     """Without a difference between probabilities the method is DARE."""
     thinned = [values for values in setting.models.values() if values.get("density", 1.0) < 1.0]
@@ -137,28 +105,30 @@ def _as_dare(setting: Setting) -> Setting:
 
 
 DARE = {"della_linear": "dare_linear", "della": "dare_ties"}
-PER_MODEL = {"weight": WEIGHT, "density": DENSITY, "epsilon": EPSILON}
 SOURCE = "Deep 2024, arXiv:2406.11617; rescaled by the L1 norm as mergekit 0.1.5"
 
-LINEAR = MethodSpec(
-    name="della_linear",
-    shared={"lambda": LAMBDA, "normalize": normalize(False), "rescale": rescale(True)},
-    per_model=PER_MODEL,
-    canonical=linear_canonical,
-    unchanged_is_absent=True,
+LINEAR = sparsified(
+    "della_linear",
+    thin,
+    elect=False,
+    normalized=False,
+    rescaled=True,
     random=True,
-    mergekit="della_linear",
+    extra={"epsilon": EPSILON},
+    simplify=_as_dare,
     source=SOURCE,
 )
-TIES = MethodSpec(
-    name="della",
-    shared={"lambda": LAMBDA, "normalize": normalize(True), "rescale": rescale(True)},
-    per_model=PER_MODEL,
-    canonical=ties_canonical,
-    unchanged_is_absent=True,
+TIES = sparsified(
+    "della",
+    thin,
+    elect=True,
+    normalized=True,
+    rescaled=True,
     random=True,
-    mergekit="della",
+    alone="della_linear",
+    extra={"epsilon": EPSILON},
+    simplify=_as_dare,
     source=SOURCE,
 )
 
-METHODS = (Method(LINEAR, linear_kernel, streams=True), Method(TIES, ties_kernel, streams=True))
+METHODS = (LINEAR, TIES)

@@ -10,18 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merge.methods._gta import (
-    DENSITY,
-    LAMBDA,
-    WEIGHT,
-    Kept,
-    canonical_consensus,
-    gta,
-    normalize,
-    rescale,
-)
-from evomerge.merge.methods._method import Kernel, Method, TensorInputs
-from evomerge.recipe import MethodSpec, Setting
+from evomerge.merge.methods._gta import Kept, sparsified
+from evomerge.merge.methods._method import TensorInputs
 
 if TYPE_CHECKING:
     from evomerge.sources.streamed import TaskVector
@@ -36,24 +26,14 @@ def trim(inputs: TensorInputs, index: int, delta: TaskVector, density: float) ->
     return ranks.largest(delta, max(1, int(density * delta.numel())))
 
 
-def kernel(inputs: TensorInputs) -> Kernel:
-    """base + lambda sum_i w_i kept_i / sum_i w_i over the models whose entry has the elected sign."""
-    return gta(inputs, sparsify=trim, consensus=True)
-
-
-def canonical(setting: Setting) -> Setting:
-    """Largest weight 1 where only ratios matter; one model alone has weight 1."""
-    return canonical_consensus(SPEC.complete(setting, SPEC.name), dense="ties", alone="ties")
-
-
-SPEC = MethodSpec(
-    name="ties",
-    shared={"lambda": LAMBDA, "normalize": normalize(True), "rescale": rescale(False)},
-    per_model={"weight": WEIGHT, "density": DENSITY},
-    canonical=canonical,
-    unchanged_is_absent=True,
-    mergekit="ties",
-    source="Yadav 2023, arXiv:2306.01708; per tensor as mergekit 0.1.5",
+METHODS = (
+    sparsified(
+        "ties",
+        trim,
+        elect=True,
+        normalized=True,
+        rescaled=False,
+        alone="ties",
+        source="Yadav 2023, arXiv:2306.01708; per tensor as mergekit 0.1.5",
+    ),
 )
-
-METHODS = (Method(SPEC, kernel, streams=True),)
