@@ -145,6 +145,18 @@ def _term(k, terms, low, m, x):
         x[i] *= factor
 
 
+@register_jitable
+def _finish(mix, scale, source, x, target, low, m):
+    """Store base + scale * mix; `x` is a buffer. 0 if all values are finite."""
+    if scale != np.float32(1):
+        for i in range(m):
+            mix[i] *= scale
+    _widen(source, low, m, x)
+    for i in range(m):
+        x[i] += mix[i]
+    return _store(x, m, target, low)
+
+
 @njit(nogil=True, cache=True)
 def add(source, target, terms, divisor, scale, start, stop):
     """base + scale * (sum of the terms) / divisor on entries [start, stop); whether all are finite."""
@@ -160,13 +172,7 @@ def add(source, target, terms, divisor, scale, start, stop):
         if divisor != np.float32(1):
             for i in range(m):
                 mix[i] /= divisor
-        if scale != np.float32(1):
-            for i in range(m):
-                mix[i] *= scale
-        _widen(source, low, m, x)
-        for i in range(m):
-            x[i] += mix[i]
-        bad |= _store(x, m, target, low)
+        bad |= _finish(mix, scale, source, x, target, low, m)
     return bad == 0
 
 
@@ -204,14 +210,7 @@ def elect(source, target, terms, weights, normalized, least, scale, start, stop)
                 by = divisor[i]
                 by = max(by, least) if least > np.float32(0) else (np.float32(1) if by == 0 else by)
                 mix[i] /= by
-        if scale != np.float32(1):
-            for i in range(m):
-                mix[i] *= scale
-        x = xs[0]
-        _widen(source, low, m, x)
-        for i in range(m):
-            x[i] += mix[i]
-        bad |= _store(x, m, target, low)
+        bad |= _finish(mix, scale, source, xs[0], target, low, m)
     return bad == 0
 
 

@@ -34,6 +34,8 @@ def fits(kernel: Kernel, base: torch.Tensor) -> bool:
     if isinstance(kernel, LinearKernel):
         deltas = [delta for delta in kernel.deltas if delta is not None]
     elif isinstance(kernel, GtaKernel):
+        if any(not isinstance(term.kept, Cut | Band | Mask | None) for term in kernel.terms):
+            return False
         deltas = [term.delta for term in kernel.terms]
     else:
         return False

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -23,7 +23,7 @@ from evomerge.sources.checkpoint import hash_files
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
 from evomerge.sources.statistics import FISHER, GRAM
-from evomerge.statistics.fisher import Estimator, diagonal_fisher
+from evomerge.statistics.fisher import ESTIMATORS, Estimator, diagonal_fisher
 from evomerge.statistics.gram import gram_bytes, input_grams, shared_inputs
 from evomerge.statistics.texts import Tokens, choose, read_texts
 
@@ -65,10 +65,8 @@ class Options:
             raise ConfigError(
                 f"--kind is {', '.join(unknown) or 'nothing'}; what can be measured is {', '.join(MEASURED)}"
             )
-        if self.estimator not in get_args(Estimator):
-            raise ConfigError(
-                f"--estimator is {self.estimator!r}; it can be {' or '.join(get_args(Estimator))}"
-            )
+        if self.estimator not in ESTIMATORS:
+            raise ConfigError(f"--estimator is {self.estimator!r}; it can be {' or '.join(ESTIMATORS)}")
         for name, least in (("max_length", 2), ("max_tokens", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it must be at least {least}")

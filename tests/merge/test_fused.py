@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,6 +135,14 @@ def test_what_the_loops_cannot_do_is_left_to_torch(change):
         inputs.deltas[0] = object()
     kernel = METHODS["task_arithmetic"].kernel(inputs)
     assert not fused.fits(kernel, inputs.base)
+
+
+def test_a_sparsifier_that_the_loops_do_not_know_is_left_to_torch():
+    inputs = inputs_of(Setting("task_arithmetic", {}, {"a": {"weight": 1.0}}), torch.bfloat16, 0)
+    kernel = METHODS["task_arithmetic"].kernel(inputs)
+    (term,) = kernel.terms
+    assert fused.fits(kernel, inputs.base)
+    assert not fused.fits(replace(kernel, terms=(replace(term, kept=object()),)), inputs.base)
 
 
 def test_without_numba_torch_merges(monkeypatch):

@@ -232,9 +232,6 @@ def sparsified(
 ) -> Method:
     """A method of the family that keeps a part of each task vector; mergekit has it under the same name.
 
-    Without election it is base + lambda sum_i w_i kept_i, with it the same over the models whose entry has
-    the elected sign; `normalize` divides by the sum of the weights that take part.
-
     Args:
         name: of the method.
         sparsify: what is kept, see `gta`.
@@ -265,7 +262,19 @@ def sparsified(
         mergekit=name,
         source=source,
     )
-    return Method(spec, lambda inputs: gta(inputs, sparsify=sparsify, consensus=elect), streams=True)
+
+    def summed(inputs: TensorInputs) -> Kernel:
+        """base + lambda sum_i w_i kept_i, with `normalize` divided by the sum of all weights."""
+        return gta(inputs, sparsify=sparsify, consensus=False)
+
+    def elected(inputs: TensorInputs) -> Kernel:
+        """base + lambda sum_i w_i kept_i over the models whose entry has the elected sign.
+
+        With `normalize` the sum is divided by that of these models' weights.
+        """
+        return gta(inputs, sparsify=sparsify, consensus=True)
+
+    return Method(spec, elected if elect else summed, streams=True)
 
 
 def canonical_sum(setting: Setting, extra: Extra = NO_EXTRA) -> Setting:
