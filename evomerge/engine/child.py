@@ -112,13 +112,13 @@ class Child:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=seconds)
         limit = time.monotonic() + END_SECONDS
-        while living := living([*tree, *self._tree()]):
-            for process in living:
+        while left := living([*tree, *self._tree()]):
+            for process in left:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             self._process.poll()  # a killed child is a zombie until it is waited for
             if time.monotonic() > limit:
-                ids = ", ".join(str(process.pid) for process in living)
+                ids = ", ".join(str(process.pid) for process in left)
                 raise EngineError(f"processes {ids} of the engine do not end; end them by hand")
             time.sleep(0.05)
         self._process.wait()
