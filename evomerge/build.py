@@ -119,13 +119,14 @@ def _stages(loaded: LoadedConfig, family: Family) -> list[Stage]:
     return stages
 
 
-def make_engine(parts: Parts) -> Engine:
-    """The engine that the run file asks for, with the base model's weights."""
+def make_engine(parts: Parts, kind: Kind | None = None) -> Engine:
+    """The engine that the run file asks for, with the base model's weights; `kind` instead of its own."""
     run_dir = parts.loaded.run_dir
+    settings = parts.loaded.config.engine.model_dump()
     return open_engine(
         parts.sources,
         parts.layout,
-        **parts.loaded.config.engine.model_dump(),
+        **{**settings, "kind": kind or settings["kind"]},
         log=run_dir / ENGINE_LOG if run_dir.is_dir() else None,
     )
 
@@ -138,6 +139,9 @@ class Run:
         resume: whether an earlier process has begun this run.
         say: told of warnings and progress, one line each.
 
+    Attributes:
+        engine: the kind of engine; with `auto` a resumed run keeps the one that it was begun with.
+
     Raises:
         RunDirError: the directory is in use, cannot be written, exists already (without `resume`), or
             belongs to another configuration (with it).
@@ -145,6 +149,7 @@ class Run:
 
     def __init__(self, parts: Parts, *, resume: bool = False, say: Say = silent) -> None:
         self.parts, self.say, self._resumed = parts, say, resume
+        self.engine = parts.engine
         self.folder = parts.loaded.run_dir
         self._stack = ExitStack()
         begun = (self.folder / CONFIG).exists()
@@ -215,6 +220,8 @@ class Run:
             temporary.replace(path)
             return
         then = begun_with(self.folder)
+        if self.parts.loaded.config.engine.kind == "auto":
+            self.engine = now["engine"] = then["engine"]
         keys = ("config", "sources", "items", "engine")
         lines = differences({key: then[key] for key in keys}, {key: now[key] for key in keys})
         if lines:
@@ -328,7 +335,7 @@ def run_search(
     loaded = config if isinstance(config, LoadedConfig) else load_config(config)
     parts = Parts.open(loaded)
     with Run(parts, resume=resume, say=say) as run:
-        engine = make_engine(parts)
+        engine = make_engine(parts, run.engine)
         try:
             return run.search(engine, observer)
         finally:
