@@ -147,27 +147,33 @@ def _hash(index, keys):
 
 
 @register_jitable
-def _drop(draw, low, m, factor, x):
-    """x * keep * factor, where an entry is kept if its hash is below its limit.
+def _keep(x, index, keys, limit, factor):
+    """x * keep * factor, where an entry is kept if its hash is below the limit."""
+    keep = np.float32(1) if _hash(np.uint32(index), keys) < limit else np.float32(0)
+    return x * keep * factor
+
+
+@register_jitable
+def _drop(draw, low, factor, x):
+    """`_keep` on the entries of `x`, which begin at `low`.
 
     `draw`: how limits are given, two keys, the limit; or the addresses of the entries' classes (int16 or
     int32) and of the limit of each class.
     """
     keys = (np.uint32(draw[1]), np.uint32(draw[2]))
+    limits = carray(_words_at(draw[4]), 1 << 31)
     if draw[0] == DRAWN:
         limit = np.uint32(draw[3])
-        for i in range(m):
-            x[i] = x[i] * np.float32(_hash(np.uint32(low + i), keys) < limit) * factor
-        return
-    limits = carray(_words_at(draw[4]), 1 << 31)
-    if draw[0] == BY_SHORT:
-        shorts = carray(_shorts_at(draw[3] + np.uint64(2 * low)), m)
-        for i in range(m):
-            x[i] = x[i] * np.float32(_hash(np.uint32(low + i), keys) < limits[shorts[i]]) * factor
+        for i in range(len(x)):
+            x[i] = _keep(x[i], low + i, keys, limit, factor)
+    elif draw[0] == BY_SHORT:
+        shorts = carray(_shorts_at(draw[3] + np.uint64(2 * low)), len(x))
+        for i in range(len(x)):
+            x[i] = _keep(x[i], low + i, keys, limits[np.uint64(shorts[i])], factor)
     else:
-        ints = carray(_ints_at(draw[3] + np.uint64(4 * low)), m)
-        for i in range(m):
-            x[i] = x[i] * np.float32(_hash(np.uint32(low + i), keys) < limits[ints[i]]) * factor
+        ints = carray(_ints_at(draw[3] + np.uint64(4 * low)), len(x))
+        for i in range(len(x)):
+            x[i] = _keep(x[i], low + i, keys, limits[np.uint64(ints[i])], factor)
 
 
 @register_jitable
@@ -190,7 +196,7 @@ def _term(k, terms, base, low, m, x):
         _below(x[middle:m], limits[k, 3])
     factor = factors[k]
     if draws[k, 0] != 0:
-        _drop(draws[k], low, m, factor, x)
+        _drop(draws[k], low, factor, x[:m])
     else:
         for i in range(m):
             x[i] *= factor
@@ -228,51 +234,59 @@ def add(source, target, terms, divisor, scale, start, stop):
 
 
 @register_jitable
-def _agreeing(x, sign, weight, normalized, m, mix, divisor):
-    """Add the entries of a term that have the elected sign to `mix`, and its weight to their divisor."""
+def _agreeing(x, total, weight, normalized, mix, divisor):
+    """Add the entries of a term that have the sign of the total to `mix`, and its weight to their divisor."""
     if normalized:
-        for i in range(m):
-            agreed = x[i] * sign[i]
+        for i in range(len(x)):
+            agreed = x[i] * np.copysign(np.float32(1), total[i])
             agreed = np.float32(0) if agreed < np.float32(0) else agreed
             mix[i] += agreed
             divisor[i] += weight if agreed > np.float32(0) else np.float32(0)
     else:
-        for i in range(m):
-            agreed = x[i] * sign[i]
+        for i in range(len(x)):
+            agreed = x[i] * np.copysign(np.float32(1), total[i])
             mix[i] += np.float32(0) if agreed < np.float32(0) else agreed
 
 
-@njit(nogil=True, cache=True)
+@register_jitable(error_model="numpy")  # no test for zero, which would keep it from vectors
+def _settle(mix, total, divisor, normalized, least):
+    """Give `mix` its sign, and divide it."""
+    one = np.float32(1)
+    if not normalized:
+        for i in range(len(mix)):
+            mix[i] *= np.copysign(one, total[i])
+    elif least > np.float32(0):  # a divisor is 0 or at least this
+        for i in range(len(mix)):
+            by = least if divisor[i] < least else divisor[i]
+            mix[i] = mix[i] * np.copysign(one, total[i]) / by
+    else:
+        for i in range(len(mix)):
+            by = one if divisor[i] == np.float32(0) else divisor[i]
+            mix[i] = mix[i] * np.copysign(one, total[i]) / by
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def elect(source, target, terms, weights, normalized, least, scale, start, stop):
     """As `add`, over the entries whose sign is that of the sum, divided by the weights that agree."""
     xs = np.empty((len(terms[0]), BLOCK), np.float32)
     base, mix = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    sign, divisor = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    total, divisor = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     bad = np.uint32(0)
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
         _widen(source, low, m, base)
         for i in range(m):
-            sign[i] = np.float32(0)
+            total[i] = np.float32(0)
+            mix[i] = np.float32(0)
+            divisor[i] = np.float32(0)
         for k in range(len(xs)):
             x = xs[k]
             _term(k, terms, base, low, m, x)
             for i in range(m):
-                sign[i] += x[i]
-        for i in range(m):
-            sign[i] = np.copysign(np.float32(1), sign[i])
-            mix[i] = np.float32(0)
-            divisor[i] = np.float32(0)
+                total[i] += x[i]
         for k in range(len(xs)):
-            _agreeing(xs[k], sign, weights[k], normalized, m, mix, divisor)
-        for i in range(m):
-            mix[i] *= sign[i]
-        if normalized and least > np.float32(0):
-            for i in range(m):
-                mix[i] /= least if divisor[i] < least else divisor[i]
-        elif normalized:
-            for i in range(m):
-                mix[i] /= np.float32(1) if divisor[i] == np.float32(0) else divisor[i]
+            _agreeing(xs[k][:m], total, weights[k], normalized, mix, divisor)
+        _settle(mix[:m], total, divisor, normalized, least)
         bad |= _finish(mix, scale, base, target, low, m)
     return bad == 0
 
