@@ -235,7 +235,8 @@ def report(rows: list[list[str]], arguments: argparse.Namespace) -> str:
         "Made by `python benchmarks/merge.py`. SmolLM2-135M-Instruct and full bfloat16 checkpoints; median "
         f"of {arguments.candidates} candidates after the first, each with other weights and densities; "
         "nothing is written to the disk. GB/s: base and sources read once and the result written once, in "
-        "bfloat16, whatever is cached, of the tensors that a source changes. Of copy: time of a plain copy that moves as many bytes, divided by "
+        "bfloat16, whatever is cached, of the tensors that a source changes. Of copy: time of a plain copy "
+        "that moves as many bytes, divided by "
         "that of the candidate. mergekit merges the same recipe in a process of its own and writes it; its "
         "times are followed by their ratio to our candidate.",
         markdown_table(header, rows),
