@@ -80,7 +80,7 @@ def _memory(parts: Parts) -> str:
     full = delta_bytes(parts.sources)
     room = host_cache_bytes(parts.loaded.config.engine.cache_gb)
     kept = "all stay in memory" if full <= room else "the rest is read again for each candidate"
-    return f"{full / 1e9:.2f} GB with the base, room for {room / 1e9:.2f} GB: {kept}"
+    return f"up to {full / 1e9:.2f} GB with the base, room for {room / 1e9:.2f} GB: {kept}"
 
 
 def _timed(parts: Parts) -> dict[str, Any]:

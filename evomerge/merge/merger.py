@@ -16,12 +16,13 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 
 from evomerge.errors import RecipeError
+from evomerge.merge.compiled import available
 from evomerge.merge.fused import fits, merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods._method import CHUNK, TensorInputs
 from evomerge.merge.plan import MergePlan, TensorOp
 from evomerge.sources.statistics import ModelStatistics, lacking
-from evomerge.sources.streamed import TaskVector
+from evomerge.sources.streamed import RawDelta, TaskVector
 
 T = TypeVar("T")
 
@@ -50,8 +51,12 @@ class TensorSources(Protocol):
         """The float32 task vector of one model, None where it does not change the tensor."""
         ...
 
+    def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
+        """The same, flat; or the model's own entries where these and those of `base` are bfloat16."""
+        ...
+
     def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
-        """The same, flat, not held in memory where that is possible; `base` is the flat base tensor."""
+        """As `delta`, flat, not held in memory where that is possible; `base` is the flat base tensor."""
         ...
 
 
@@ -75,6 +80,7 @@ class Merger:
         on_cpu = self._device.type == "cpu"
         threads = torch.get_num_threads()
         # torch shares a chunk of more than CHUNK out over its threads; two apiece pay for waking them
+        self._compiled = on_cpu and available()
         self._chunk = (CHUNK * 2 * threads if threads > 1 else CHUNK) if on_cpu else DEVICE_CHUNK
 
     @property
@@ -124,8 +130,15 @@ class Merger:
             return base
         method = METHODS[op.setting.method]
         bytes_whole = base.numel() * 4 * len(op.setting.models)
-        streamed = method.streams and not self._cache.limit and bytes_whole > WHOLE_BYTES
-        deltas = [self._delta(model, op.tensor, base if streamed else None) for model in op.setting.models]
+        on_cpu = self._device.type == "cpu"
+        streamed = on_cpu and method.streams and not self._cache.limit and bytes_whole > WHOLE_BYTES
+        read = (
+            self._streamed if streamed else self._raw if method.compiled and self._compiled else self._delta
+        )
+        deltas = [
+            None if model == self._sources.base_name else read(model, op.tensor, base.reshape(-1))
+            for model in op.setting.models
+        ]
         if all(delta is None for delta in deltas) and method.keeps_base(op.setting):
             return base
         inputs = TensorInputs(
@@ -159,18 +172,23 @@ class Merger:
             raise _not_finite(inputs)
         return merged.reshape(base.shape)
 
-    def _delta(self, model: str, tensor: str, streamed: torch.Tensor | None) -> TaskVector | None:
-        """One task vector; `streamed` is the base tensor where the vector is not to be held whole."""
-        if model == self._sources.base_name:
-            return None
-        if streamed is not None and self._device.type == "cpu":
-            return self._sources.streamed_delta(model, tensor, streamed.reshape(-1))
+    def _delta(self, model: str, tensor: str, base: torch.Tensor) -> TaskVector | None:
+        """A task vector in float32."""
 
         def read() -> torch.Tensor | None:
             delta = self._sources.delta(model, tensor)
             return None if delta is None else delta.to(self._device, torch.float32).reshape(-1)
 
         return self._cache.get((tensor, "delta", model), read)
+
+    def _raw(self, model: str, tensor: str, base: torch.Tensor) -> TaskVector | None:
+        """A task vector in the form that the compiled loops read."""
+        held = self._cache.get((tensor, "held", model), lambda: self._sources.held(model, tensor, base))
+        return RawDelta(held, base) if held is not None and held.dtype == torch.bfloat16 else held
+
+    def _streamed(self, model: str, tensor: str, base: torch.Tensor) -> TaskVector | None:
+        """A task vector that is not held whole."""
+        return self._sources.streamed_delta(model, tensor, base)
 
     def statistics(self, model: str, tensor: str, kind: str) -> torch.Tensor | None:
         """Statistics of one tensor in float32 on the merger's device; of a kind that the model carries."""

@@ -150,6 +150,20 @@ class SourceSet:
             return product if moved is None else moved
         return moved + product
 
+    def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
+        """As `delta`, but flat, and where model and `base` are bfloat16 the model's own entries in its place.
+
+        They are half as large, and a `RawDelta` of both is the task vector.
+
+        Args:
+            base: as for `streamed_delta`.
+        """
+        source = self.sources[model]
+        if isinstance(source, Adapter) or not self.may_change(model, name):
+            delta = self.delta(model, name)
+            return None if delta is None else delta.reshape(-1)
+        return own_or_delta(source.read(name).reshape(-1), base)
+
     def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
         """As `delta`, but flat, and read from the model's file slice by slice where that is possible.
 
@@ -227,6 +241,15 @@ def _open(ref: SourceRef, where: str) -> Checkpoint | Adapter:
         return Checkpoint(folder) if ref.adapter is None else Adapter(folder)
     except SourceError as error:
         raise SourceError(f"{where}: {error}") from error
+
+
+def own_or_delta(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
+    """`tensor` where both are bfloat16, otherwise the float32 task vector; None when they are equal."""
+    import torch
+
+    if tensor.dtype == base.dtype == torch.bfloat16:
+        return None if torch.equal(tensor, base) else tensor
+    return task_vector(tensor, base)
 
 
 def task_vector(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
