@@ -36,7 +36,7 @@ from evomerge.build import versions
 from evomerge.engine.base import Engine, GenerateRequest
 from evomerge.engine.factory import open_engine
 from evomerge.engine.transformers_engine import pick_device, pick_dtype
-from evomerge.evaluate.evaluator import subset
+from evomerge.evaluate.evaluator import generate_request, subset
 from evomerge.evaluate.task import Suite
 from evomerge.recipe import Recipe, Setting
 from evomerge.report.outcome import markdown_table
@@ -131,7 +131,7 @@ def requests_of(items: int) -> list[GenerateRequest]:
     """The demo's calibration items."""
     suite = Suite.load(ROOT / "fitness" / "spanish_math.yaml")
     return [
-        GenerateRequest(item.prompt, task.max_tokens, task.chat, task.system, task.stop)
+        generate_request(task, item)
         for item in subset(suite, "calibration", items)
         for task in [suite.tasks[item.task]]
     ]

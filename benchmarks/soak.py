@@ -22,7 +22,7 @@ from evomerge.config import load_config
 from evomerge.engine.base import GenerateRequest
 from evomerge.engine.child import living
 from evomerge.engine.vllm_engine import VllmEngine
-from evomerge.evaluate.evaluator import subset
+from evomerge.evaluate.evaluator import generate_request, subset
 from evomerge.recipe import Recipe, Setting
 from evomerge.report.outcome import markdown_table
 
@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = Parts.open(load_config(ROOT / "runs" / "demo.yaml"))
     requests = [
-        GenerateRequest(item.prompt, task.max_tokens, task.chat, task.system, task.stop)
+        generate_request(task, item)
         for item in subset(parts.suite, "calibration", arguments.items)
         for task in [parts.suite.tasks[item.task]]
     ]

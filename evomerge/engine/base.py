@@ -17,7 +17,7 @@ from evomerge.recipe import Recipe
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One greedy completion.
+    """One completion.
 
     Attributes:
         prompt: the text, or the user's message when `chat` is true.
@@ -25,6 +25,9 @@ class GenerateRequest:
         chat: wrap the prompt in the model's chat template.
         system: system message for the chat template; None leaves the template's own default.
         stop: texts at which the completion ends (they are cut off).
+        temperature: 0 takes the likeliest token, larger values draw.
+        top_p: draw from the likeliest tokens that have together this probability, in (0, 1].
+        seed: of the draws, at least 0; an engine draws the same again, another engine may not.
     """
 
     prompt: str
@@ -32,6 +35,9 @@ class GenerateRequest:
     chat: bool = False
     system: str | None = None
     stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """Greedy completions, in the order of the requests."""
+        """Completions, in the order of the requests."""
         ...
 
     def loglikelihood(self, requests: Sequence[LikelihoodRequest]) -> list[Likelihood]:

@@ -4,7 +4,7 @@ The model is built once. `load` merges a recipe tensor by tensor into the model'
 only those whose merge operation changed since the last candidate; a checksum of every tensor written is
 read back from the model. Nothing touches the disk.
 
-Generation is greedy, in left-padded batches; rows that have ended leave the batch. On a CPU the prompts of a
+Generation runs in left-padded batches; rows that have ended leave the batch. On a CPU the prompts of a
 batch are read in small parts of like length, whose caches are then joined: less padding, and activations
 that stay near the processor.
 
@@ -13,6 +13,7 @@ Imports: torch, transformers; `merge`, `sources`.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,7 +163,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """Greedy completions; see `Engine.generate`."""
+        """Completions; see `Engine.generate`."""
         encoded = [self.prompts.encode(r) for r in requests]
         answers: list[Completion | None] = [None] * len(requests)
         with _machine_errors("generating"):
@@ -176,12 +177,17 @@ class TransformersEngine:
     def _generate_batch(
         self, batch: Sequence[int], requests: Sequence[GenerateRequest], encoded: Sequence[Sequence[int]]
     ) -> Iterator[tuple[int, Completion]]:
-        """Left-padded greedy decoding of the requests numbered in `batch`."""
+        """Left-padded decoding of the requests numbered in `batch`."""
         rows = sorted(batch, key=lambda i: len(encoded[i]))
         written: dict[int, list[int]] = {i: [] for i in rows}
-        chosen, mask, position, cache = self._read([encoded[i] for i in rows])
+        draws = {i: Draws(requests[i]) for i in rows if requests[i].temperature > 0.0}
+        logits, mask, position, cache = self._read([encoded[i] for i in rows])
         while True:
             keep = []
+            chosen = logits.argmax(-1)
+            for row, i in enumerate(rows):
+                if i in draws:
+                    chosen[row] = draws[i].token(logits[row])
             for row, (i, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
                 written[i].append(token)
                 completion = self.prompts.finish(written[i], requests[i])
@@ -198,10 +204,10 @@ class TransformersEngine:
                 rows = [rows[row] for row in keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             position = position[:, -1:] + 1
-            chosen, cache = self._step(chosen[:, None], mask, position, cache)
+            logits, cache = self._step(chosen[:, None], mask, position, cache)
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
-        """First tokens `(rows,)`, mask `(rows, longest)`, last positions `(rows, 1)` and cache."""
+        """Logits `(rows, vocabulary)`, mask `(rows, longest)`, last positions `(rows, 1)` and cache."""
         lengths = [len(prompt) for prompt in prompts]
         parts = []
         for part in _batches(range(len(prompts)), lengths, self._prompt_tokens):
@@ -209,12 +215,12 @@ class TransformersEngine:
             parts.append(self._step(tokens, mask, mask.long().cumsum(-1).sub_(1).clamp_(min=0), None))
         mask = self._pad(prompts)[1]
         position = mask.sum(-1, keepdim=True) - 1
-        return torch.cat([chosen for chosen, _ in parts]), mask, position, _joined([c for _, c in parts])
+        return torch.cat([logits for logits, _ in parts]), mask, position, _joined([c for _, c in parts])
 
     def _step(
         self, tokens: torch.Tensor, mask: torch.Tensor, position: torch.Tensor, cache: Any
     ) -> tuple[torch.Tensor, Any]:
-        """One forward pass: the likeliest next token of every row `(rows,)`, and the cache."""
+        """One forward pass: logits of every row's next token `(rows, vocabulary)`, and the cache."""
         out = self.model(
             input_ids=tokens,
             attention_mask=mask,
@@ -223,7 +229,7 @@ class TransformersEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        return out.logits[:, -1].argmax(-1), out.past_key_values
+        return out.logits[:, -1], out.past_key_values
 
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[LikelihoodRequest]) -> list[Likelihood]:
@@ -264,6 +270,22 @@ class TransformersEngine:
         self.model = None
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+class Draws:
+    """Draws the tokens of one answer; no generator but its own is used."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._temperature, self._top_p = request.temperature, request.top_p
+        self._random = random.Random(request.seed)
+
+    def token(self, logits: torch.Tensor) -> int:
+        """A token of the softmax of `logits` `(vocabulary,)`, cut at top_p (Holtzman, arXiv:1904.09751)."""
+        likely, tokens = logits.double().div(self._temperature).softmax(-1).sort(descending=True)
+        reach = likely.cumsum(-1)
+        count = int((reach - likely < self._top_p).sum())  # the first always
+        at = torch.searchsorted(reach[:count], self._random.random() * float(reach[count - 1]), right=True)
+        return int(tokens[min(int(at), count - 1)])
 
 
 def _weights_by_name(model: Any, layout: Layout) -> dict[str, torch.Tensor]:

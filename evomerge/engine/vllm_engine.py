@@ -101,7 +101,7 @@ class VllmEngine:
         return Loaded(**self._ask("load", {"recipe": recipe.as_json()}, self._timeout))
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """Greedy completions; see `Engine.generate`."""
+        """Completions; see `Engine.generate`."""
         answer = self._ask("generate", {"requests": [asdict(r) for r in requests]}, self._timeout)
         return [Completion(*completion) for completion in answer["completions"]]
 

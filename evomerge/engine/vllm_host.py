@@ -126,7 +126,9 @@ class Host:
             self._check_length(len(prompt) + request.max_tokens, request.prompt)
         parameters = [
             SamplingParams(
-                temperature=0.0,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                seed=request.seed if request.temperature else None,
                 max_tokens=request.max_tokens,
                 stop=list(request.stop),
                 stop_token_ids=ends,

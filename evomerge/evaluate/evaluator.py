@@ -61,9 +61,23 @@ def evaluate(engine: Engine, suite: Suite, items: Sequence[Item]) -> list[ItemSc
     return result
 
 
+def generate_request(task: Task, item: Item) -> GenerateRequest:
+    """What an engine is asked for an item of a task whose scorer reads a completion."""
+    return GenerateRequest(
+        item.prompt,
+        task.max_tokens,
+        task.chat,
+        task.system,
+        task.stop,
+        task.temperature,
+        task.top_p,
+        task.seed_of(item.id),
+    )
+
+
 def _complete(engine: Engine, suite: Suite, items: Sequence[Item]) -> list[Completion]:
     requests = [
-        GenerateRequest(item.prompt, task.max_tokens, task.chat, task.system, task.stop)
+        generate_request(task, item)
         for item in items
         if isinstance((task := suite.tasks[item.task]).scorer, GenerationScorer)
     ]

@@ -41,6 +41,8 @@ class TaskSection(Section):
         scorer: name of a scorer, or a mapping of `type` and options.
         max_tokens: most new tokens of a completion, at least 1.
         stop: texts that end a completion.
+        temperature, top_p, seed: for answers that are drawn; by default the likeliest is taken. Every item
+            has a seed of its own, the same for every candidate.
         weight: share in the fitness, above 0; weights need not sum to 1.
     """
 
@@ -51,6 +53,9 @@ class TaskSection(Section):
     scorer: str | dict[str, Any]
     max_tokens: int = Field(16, ge=1)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=0)
     weight: float = Field(1.0, gt=0)
 
 
@@ -73,6 +78,14 @@ class Task:
     system: str | None
     max_tokens: int
     stop: tuple[str, ...]
+    temperature: float
+    top_p: float
+    seed: int
+
+    def seed_of(self, item: str) -> int:
+        """Seed of the draws for one item, in [0, 2**31)."""
+        text = f"{self.seed}\0{self.name}\0{item}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
 
 
 class Suite:
@@ -184,8 +197,8 @@ def _prepare(name: str, section: TaskSection, path: Path) -> tuple[Task, jinja2.
     if section.system is not None and not section.chat:
         raise ConfigError(f"{path}: `tasks.{name}.system` is set, but `chat` is false; set `chat: true`")
     template = compile_prompt(section.prompt, f"{path}: `tasks.{name}.prompt`")
-    task = Task(name, scorer, section.weight, section.chat, section.system, section.max_tokens, section.stop)
-    return task, template
+    asked = section.model_dump(exclude={"data", "prompt", "scorer"})
+    return Task(name, scorer, **asked), template
 
 
 def _read_task(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from evomerge.build import family_of
 from evomerge.engine.base import GenerateRequest, LikelihoodRequest
 from evomerge.engine.factory import transformers_engine
-from evomerge.engine.transformers_engine import TransformersEngine
+from evomerge.engine.transformers_engine import Draws, TransformersEngine
 from evomerge.errors import EngineError, RecipeError
 from evomerge.recipe import Recipe, Setting
 from evomerge.sources.reference import SourceRef
@@ -180,3 +180,27 @@ def test_running_out_of_memory_is_the_machines_fault(
     monkeypatch.setattr(engine.model, "forward", too_much)
     with pytest.raises(EngineError, match="out of accelerator memory while generating"):
         engine.generate([GenerateRequest("a b", 1)])
+
+
+def test_drawn_tokens_have_the_probabilities_of_the_softmax():
+    logits = torch.tensor([2.0, -1.0, 0.5, 0.0])
+    draws = Draws(GenerateRequest("a", 1, temperature=0.7, seed=3))
+    found = torch.bincount(torch.tensor([draws.token(logits) for _ in range(4000)]), minlength=4) / 4000
+    torch.testing.assert_close(found, (logits / 0.7).softmax(-1), rtol=0, atol=0.03)
+
+
+def test_tokens_outside_top_p_are_never_drawn():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    draws = Draws(GenerateRequest("a", 1, temperature=1.0, top_p=0.7, seed=0))
+    assert {draws.token(logits) for _ in range(300)} == {0, 1}
+
+
+def test_an_answer_is_drawn_again_alike_whatever_is_asked_beside_it(
+    engine: TransformersEngine, sources: SourceSet
+):
+    engine.load(Recipe("base", sources.models, {}))
+    drawn = GenerateRequest("a b c", 12, temperature=2.0, seed=5)
+    (alone,) = engine.generate([drawn])
+    beside = [GenerateRequest(prompt, 12, temperature=2.0, seed=1) for prompt in PROMPTS]
+    assert engine.generate([*beside, drawn])[-1] == alone
+    assert engine.generate([GenerateRequest("a b c", 12, temperature=2.0, seed=6)]) != [alone]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,17 +14,26 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
+from evomerge.build import Parts, Run, make_engine
+from evomerge.config import load_config
 from evomerge.engine import vllm_compat
 from evomerge.engine.base import Engine, GenerateRequest, LikelihoodRequest
 from evomerge.engine.child import living
 from evomerge.engine.factory import open_engine, transformers_engine
 from evomerge.engine.vllm_engine import VllmEngine
 from evomerge.errors import ConfigError, EngineError, RecipeError
+from evomerge.export.bundle import export_model
+from evomerge.merge.fingerprint import checksum, combine
 from evomerge.recipe import Recipe, Setting
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
+from evomerge.study.storage import JOURNAL, TrialLog
+from evomerge.study.study import Observer, Study
+from evomerge.study.trial import Outcome, Trial
 from tests.tiny import tiny_adapter, tiny_model
+from tests.world import World
 
 pytestmark = pytest.mark.skipif(
     not vllm_compat.installed(), reason="vLLM is not installed; `make test` installs it on Linux"
@@ -130,6 +140,25 @@ def test_a_candidate_that_changes_the_tied_embedding_changes_the_output_layer_to
     assert engine.loglikelihood(request)[0].total == pytest.approx(
         reference.loglikelihood(request)[0].total, abs=1e-4
     )
+
+
+def test_drawn_answers_are_drawn_again_alike(engine: VllmEngine, sources: SourceSet):
+    engine.load(recipes(sources)[0])
+    requests = [GenerateRequest("a b c", 12, temperature=2.0, seed=seed) for seed in (5, 6)]
+    one, other = engine.generate(requests)
+    assert engine.generate([*requests, GenerateRequest("a", 3)])[:2] == [one, other]
+    assert one != other
+
+
+def test_what_is_exported_has_the_fingerprint_of_what_was_loaded(
+    engine: VllmEngine, sources: SourceSet, tmp_path: Path
+):
+    """Promise 1: DARE's masks are the same in the worker and in the export."""
+    recipe = recipes(sources)[2]
+    loaded = engine.load(recipe)
+    out = export_model(tmp_path / "out", recipe, sources, sources.layout(), max_shard_bytes=10**9)
+    exported = load_file(out / "model.safetensors")
+    assert combine({name: checksum(tensor) for name, tensor in exported.items()}) == loaded.fingerprint
 
 
 def test_every_swap_is_checked(engine: VllmEngine):
@@ -261,3 +290,33 @@ import time; time.sleep(600)
     while psutil.pid_exists(pid) and time.monotonic() < limit:
         time.sleep(0.1)
     assert not psutil.pid_exists(pid)
+
+
+def test_a_search_whose_engine_is_killed_twice_goes_on_and_loses_no_trial(world: World):
+    world.run["engine"] = {"kind": "vllm", "dtype": "float32", "cache_gb": 0.1, "options": OPTIONS}
+    world.run["budget"] = {"trials": 16}
+    world.write()
+    parts = Parts.open(load_config(world.run_file))
+    warnings: list[str] = []
+
+    class Killer(Observer):
+        def trial(self, study: Study, trial: Trial) -> None:
+            """Kill the engine after two of the trials."""
+            if trial.number in (3, 9):
+                os.kill(engine.pid or 0, signal.SIGKILL)
+
+    with Run(parts, say=warnings.append) as run:
+        engine = make_engine(parts, run.engine)
+        assert isinstance(engine, VllmEngine)
+        result = run.search(engine, Killer())
+        tree = psutil.Process().children(recursive=True)
+        engine.close()
+    assert living(tree) == []
+    assert sum("ended by SIGKILL" in warning for warning in warnings) == 2
+    outcome = json.loads((world.run_dir / "outcome.json").read_text(encoding="utf-8"))
+    assert outcome["winner"] == result.winner.label
+    assert (world.run_dir / "engine.log").stat().st_size
+    log = TrialLog(str(world.run_dir / JOURNAL), world.run_file.stem)
+    assert Outcome.FAILED not in {trial.outcome for trial in log}
+    assert len(log) == 16
+    log.close()
