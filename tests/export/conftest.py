@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,20 +11,8 @@ from safetensors.torch import load_file
 
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
+from tests.mergekit import run_mergekit
 from tests.tiny import tiny_adapter, tiny_model
-
-# The console scripts' own functions, called with what the shell would give them: starting mergekit takes
-# seconds, so one process runs all command lines.
-DRIVER = """
-import json, os, sys
-from importlib.metadata import entry_points
-from tests.threads import one_thread as one_thread
-scripts = {script.name: script for script in entry_points(group="console_scripts")}
-for folder, words in json.load(open(sys.argv[1])):
-    os.chdir(folder)
-    os.environ["PWD"] = folder
-    scripts[words[0]].load()([os.path.expandvars(word) for word in words[1:]], standalone_mode=False)
-"""
 
 
 @pytest.fixture(scope="session")
@@ -38,17 +22,9 @@ def mergekit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mapping[Path
     home = tmp_path_factory.mktemp("mergekit")
 
     def run(commands: Mapping[Path, str]) -> None:
-        jobs = home / "jobs.json"
-        jobs.write_text(json.dumps([[str(folder), text.split()] for folder, text in commands.items()]))
-        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, str(jobs)],
-            env={**os.environ, **offline},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_mergekit(commands, home)
+        failed = [folder / "error.txt" for folder in commands if (folder / "error.txt").exists()]
+        assert not failed, failed[0].read_text()
 
     return run
 

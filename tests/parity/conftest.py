@@ -14,10 +14,11 @@ from evomerge.export.bundle import base_dtype
 from evomerge.export.mergekit import mergekit_documents, mergekit_text, places
 from evomerge.merge.methods import SPECS
 from tests.export.conftest import weights_of
+from tests.mergekit import run_mergekit
 from tests.parity.compare import COUNTS, Tensors
 from tests.parity.families import Home
 from tests.parity.files import METHODS, File, drawn, several, single
-from tests.parity.oracle import command, run_mergekit
+from tests.parity.oracle import command
 from tests.parity.recipes import DrawnRecipe, recipe
 from tests.threads import one_thread as one_thread
 
