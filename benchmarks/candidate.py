@@ -220,7 +220,9 @@ def by_disk(
     subprocess.run([mergekit, file, out, "--quiet", *device], check=True, capture_output=True)
     merged = time.perf_counter()
     words = [sys.executable, __file__, "--fresh", way, str(out), str(asked)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
     times = json.loads(done.stdout.splitlines()[-1])
     shutil.rmtree(out)
     end = time.perf_counter() - times["prefill"]  # asked a second time, for this table only
@@ -263,11 +265,12 @@ def plain_vllm(model: str) -> Any:
     os.environ.update(vllm_compat.environment(OPTIONS))
     import transformers
     import vllm
+    from vllm.platforms import current_platform
 
     from evomerge.engine.prompts import PromptEncoder
 
-    device = vllm.platforms.current_platform.device_type
-    arguments = {**vllm_compat.defaults(OPTIONS, 0.9), "dtype": pick_dtype("auto", device)}
+    dtype = pick_dtype("auto", current_platform.device_type)
+    arguments = {**vllm_compat.defaults(OPTIONS, 0.9), "dtype": dtype}
     llm = vllm.LLM(model=model, **arguments)
     prompts = PromptEncoder(transformers.AutoTokenizer.from_pretrained(model), None)
 
