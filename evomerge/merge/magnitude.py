@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -75,6 +76,20 @@ class Band:
 NOTHING = Cut(math.inf, -1, math.inf)  # keeps no entry
 
 
+class Chosen(NamedTuple):
+    """A `Cut` as numbers on a device: what is larger in magnitude than a limit is kept.
+
+    Attributes:
+        first: the limit of the entries before `place`.
+        second: the limit of those from `place` on.
+        place: flat index, int64.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    place: torch.Tensor
+
+
 class MagnitudeIndex:
     """Order statistics of one task vector.
 
@@ -86,17 +101,17 @@ class MagnitudeIndex:
         self.n = delta.numel()
         integers, shift = _FORMATS[delta.dtype]
         counts = torch.zeros(1 << CLASS_BITS, dtype=torch.int64, device=delta.device)
-        zeros = 0
+        found = torch.zeros((), dtype=torch.int64, device=delta.device)  # not fetched block by block
         for begin in range(0, self.n, COUNTED):
             block = delta[begin : begin + COUNTED]
             classes = block.view(integers).bitwise_right_shift(shift).bitwise_and_((1 << CLASS_BITS) - 1)
             counts += torch.bincount(classes, minlength=1 << CLASS_BITS)
-            zeros += block.numel() - int(block.count_nonzero())
+            found += block.count_nonzero()
         used = counts.nonzero().flatten()
         self._lowest, highest = int(used[0]), int(used[-1])
         # entries in each used class and in all above it, from the highest class to the lowest
         self._reach = counts[self._lowest : highest + 1].flip(0).cumsum(0).cpu()
-        self._zeros = zeros
+        self._zeros = self.n - int(found)
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +136,29 @@ class MagnitudeIndex:
         equal = positions[values == value]
         wanted = missing - int((values > value).sum())
         return _cut(delta, float(value), int(equal[wanted - 1] if early else equal[-wanted] - 1), early)
+
+    def chosen(self, delta: TaskVector, k: int, *, early: bool = True) -> Chosen:
+        """The numbers of `largest`, computed on the task vector's device without waiting for it."""
+        whole = delta[:]
+        if k > self.n - self._zeros:  # it makes no difference which zeros are kept
+            zero = whole.new_zeros(())
+            return Chosen(zero, zero, zero.new_zeros((), dtype=torch.int64))
+        at = int(torch.searchsorted(self._reach, k))
+        above = int(self._reach[at - 1]) if at else 0
+        missing, count = k - above, int(self._reach[at]) - above
+        integers, shift = _FORMATS[delta.dtype]
+        number = self._lowest + len(self._reach) - 1 - at
+        member = (whole.view(integers) & ((1 << CLASS_BITS) - 1 << shift)) == number << shift
+        positions = torch.nonzero_static(member, size=count).flatten()
+        values = whole[positions].abs_()
+        value = values.kthvalue(count + 1 - missing).values
+        equal = (values == value).cumsum(0)
+        wanted = missing - (values > value).sum()
+        # the flat index of the wanted-th equal entry from the front, or the one before that from the back
+        nth = wanted if early else equal[-1] + 1 - wanted
+        place = positions[torch.searchsorted(equal, nth.reshape(1))].reshape(()) + (1 if early else 0)
+        below = torch.nextafter(value, torch.zeros_like(value))
+        return Chosen(below, value, place) if early else Chosen(value, below, place)
 
     def between(self, delta: TaskVector, above: int, k: int) -> Band:
         """The band that keeps exactly `k` entries below the `above` largest; k >= 1, above + k <= n.

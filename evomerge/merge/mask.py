@@ -82,12 +82,22 @@ def keep_mask_by_class(
     Returns:
         `(n,)` bool, on the device of `classes`.
     """
-    limits = densities.mul(_WORD).round_().sub_(_WORD // 2).to(classes.device, torch.int32)
+    limits = limits_of(densities).to(classes.device)
     keep = torch.empty(classes.numel(), dtype=torch.bool, device=classes.device)
     for low, x in _hashes(seed, classes.numel(), start, classes.device, block):
         part = slice(low, low + x.numel())
         torch.lt(x, limits.index_select(0, classes[part].int()), out=keep[part])
     return keep
+
+
+def limits_of(densities: torch.Tensor) -> torch.Tensor:
+    """`(m,)` int32: an entry is kept whose hash is below; `densities` are float64, in (0, 1)."""
+    return densities.mul(_WORD).round_().sub_(_WORD // 2).to(torch.int32)
+
+
+def hash_words(seed: int, density: float) -> tuple[int, int, int]:
+    """For a kernel that hashes: two keys in [0, 2**32), and the limit in [-2**31, 2**31]."""
+    return *_keys(seed), round(density * _WORD) - _WORD // 2
 
 
 def _hashes(

@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 
 from evomerge.errors import RecipeError
+from evomerge.merge.device_pass import DevicePass, usable
+from evomerge.merge.device_sources import DeviceSources
 from evomerge.merge.fused import fits, merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods._method import CHUNK, TensorInputs
@@ -64,14 +66,25 @@ class Merger:
         cache_bytes: memory for the base, task vectors and what is derived from them. 0 keeps nothing, and
             task vectors of large tensors are read slice by slice by the methods that can: memory does not
             grow with the number of models.
+        host_bytes: pinned memory for sources that find no room in a GPU's cache.
     """
 
     def __init__(
-        self, sources: TensorSources, *, device: torch.device | str = "cpu", cache_bytes: int = 0
+        self,
+        sources: TensorSources,
+        *,
+        device: torch.device | str = "cpu",
+        cache_bytes: int = 0,
+        host_bytes: int = 0,
     ) -> None:
         self._sources = sources
         self._device = torch.device(device)
         self._cache = _Cache(cache_bytes)
+        self._host_cache = _Cache(host_bytes)
+        self._on_device: DevicePass | None = None
+        if usable(self._device):
+            there = DeviceSources(sources, self._device, self._cache, self._host_cache)
+            self._on_device = DevicePass(there, self._device, self._cache, self._merge, _not_finite)
         on_cpu = self._device.type == "cpu"
         threads = torch.get_num_threads()
         # torch shares a chunk of more than CHUNK out over its threads; two apiece pay for waking them
@@ -105,9 +118,13 @@ class Merger:
         for op in plan.ops:
             self._check_statistics(op)
         self._cache.begin_pass()
-        for op in plan.ops:
-            if only is None or op.tensor in only:
-                yield op.tensor, self._merge(op)
+        self._host_cache.begin_pass()
+        wanted = (op for op in plan.ops if only is None or op.tensor in only)
+        if self._on_device is not None:
+            yield from self._on_device.run(wanted)
+            return
+        for op in wanted:
+            yield op.tensor, self._merge(op)
 
     def _check_statistics(self, op: TensorOp) -> None:
         kind = METHODS[op.setting.method].spec.needs
@@ -117,9 +134,7 @@ class Merger:
                 raise RecipeError(f"{op.cell}: {lacking(op.setting.method, str(kind), model)}")
 
     def _merge(self, op: TensorOp) -> torch.Tensor:
-        base = self._cache.get(
-            (op.tensor, "base"), lambda: self._sources.base_tensor(op.tensor).to(self._device)
-        )
+        base = self._base(op.tensor)
         if not base.is_floating_point() or not op.setting.models or not base.numel():
             return base
         method = METHODS[op.setting.method]
@@ -145,7 +160,7 @@ class Merger:
         merged = torch.empty_like(inputs.base)
         if fits(kernel, inputs.base):
             if not merge(kernel, inputs.base, merged):
-                raise _not_finite(inputs)
+                raise _not_finite(op, base.dtype)
             return merged.reshape(base.shape)
         work = inputs.scratch(1)[0]
         check = torch.zeros((), device=self._device)
@@ -156,13 +171,25 @@ class Merger:
             check += merged[low:high].copy_(part).sum()
         # one test per tensor; a finite tensor whose sum overflows is looked at again
         if not check.isfinite() and not merged.isfinite().all():
-            raise _not_finite(inputs)
+            raise _not_finite(op, base.dtype)
         return merged.reshape(base.shape)
+
+    def _base(self, tensor: str) -> torch.Tensor:
+        if self._on_device is not None:
+            base = self._on_device.sources.base(tensor)
+            self._on_device.sources.arrive()
+            return base
+        read = self._sources.base_tensor
+        return self._cache.get((tensor, "base"), lambda: read(tensor).to(self._device))
 
     def _delta(self, model: str, tensor: str, streamed: torch.Tensor | None) -> TaskVector | None:
         """One task vector; `streamed` is the base tensor where the vector is not to be held whole."""
         if model == self._sources.base_name:
             return None
+        if self._on_device is not None:
+            part = self._on_device.sources.part(model, tensor)
+            # asking for the base waits for both
+            return None if part is None else part.delta(self._base(tensor).reshape(-1))
         if streamed is not None and self._device.type == "cpu":
             return self._sources.streamed_delta(model, tensor, streamed.reshape(-1))
 
@@ -186,9 +213,9 @@ class Merger:
         return self._sources.statistics[model].rms(kind)
 
 
-def _not_finite(inputs: TensorInputs) -> RecipeError:
+def _not_finite(op: TensorOp, dtype: torch.dtype) -> RecipeError:
     return RecipeError(
-        f"{inputs.where}: {inputs.setting.method} gives values that are not finite in {inputs.base.dtype}; "
+        f"{op.cell}, tensor `{op.tensor}`: {op.setting.method} gives values that are not finite in {dtype}; "
         "its weights are too large for this tensor, or a source holds such values"
     )
 

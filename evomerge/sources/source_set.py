@@ -150,6 +150,19 @@ class SourceSet:
             return product if moved is None else moved
         return moved + product
 
+    def own_tensor(self, model: str, name: str) -> torch.Tensor | None:
+        """A full model's own tensor on the CPU where it has the base's dtype and differs from the base's.
+
+        There `delta` is float32(it) - float32(base). None elsewhere: ask for `delta`.
+        """
+        import torch
+
+        source = self.sources[model]
+        if isinstance(source, Adapter) or not self.may_change(model, name):
+            return None
+        tensor, base = source.read(name), self.base.read(name)
+        return tensor if tensor.dtype == base.dtype and not torch.equal(tensor, base) else None
+
     def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
         """As `delta`, but flat, and read from the model's file slice by slice where that is possible.
 
