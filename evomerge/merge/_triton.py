@@ -23,7 +23,6 @@ _W, _TW = tl.constexpr(tables.WORDS), tl.constexpr(tables.TERM_WORDS)
 _N, _TN = tl.constexpr(tables.NUMBERS), tl.constexpr(tables.TERM_NUMBERS)
 _CUT, _HASHED = tl.constexpr(tables.CUT), tl.constexpr(tables.HASHED)
 _RANKED, _RANKED_WIDE = tl.constexpr(tables.RANKED), tl.constexpr(tables.RANKED_WIDE)
-_RAW, _CODES = tl.constexpr(tables.RAW), tl.constexpr(tables.CODES)
 _SUM, _NORMALIZED = tl.constexpr(tables.SUM), tl.constexpr(tables.ELECT_NORMALIZED)
 _AVERAGE = tl.constexpr(tables.AVERAGE)
 
@@ -31,10 +30,19 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 
 
 @triton.jit
-def _load(address, offsets, inside, DTYPE: tl.constexpr):
-    """Entries of a tensor at an address that is a multiple of 16 bytes."""
-    places = address.to(tl.pointer_type(DTYPE)) + offsets
-    return tl.load(tl.max_contiguous(tl.multiple_of(places, 16), 16), mask=inside, other=0)
+def _at(address, offsets, DTYPE: tl.constexpr):
+    """Places of entries of a tensor at an address that is a multiple of 16 bytes."""
+    return tl.max_contiguous(tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + offsets, 16), 16)
+
+
+@triton.jit
+def _load(address, offsets, n, DTYPE: tl.constexpr, FULL: tl.constexpr):
+    """Entries of a tensor; `FULL` says that all are inside: a mask would split the loads."""
+    if FULL:
+        x = tl.load(_at(address, offsets, DTYPE))
+    else:
+        x = tl.load(_at(address, offsets, DTYPE), mask=offsets < n, other=0)
+    return x
 
 
 @triton.jit
@@ -46,12 +54,12 @@ def _bfloat16(x):
 
 
 @triton.jit
-def _delta(words, base, offsets, inside, DTYPE: tl.constexpr, KIND: tl.constexpr):
+def _delta(words, base, offsets, n, RAW: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr):
     """Entries of one task vector in float32; `words` points to its term."""
-    if KIND >= _RAW:
-        x = _load(tl.load(words), offsets, inside, DTYPE).to(tl.float32) - base
+    if RAW:
+        x = _load(tl.load(words), offsets, n, DTYPE, FULL).to(tl.float32) - base
     else:
-        x = _load(tl.load(words), offsets, inside, tl.float32)
+        x = _load(tl.load(words), offsets, n, tl.float32, FULL)
     return x
 
 
@@ -65,114 +73,165 @@ def _hash(words, offsets):
 
 
 @triton.jit
-def _kept(x, words, numbers, offsets, inside, KIND: tl.constexpr):
+def _kept(x, words, numbers, offsets, n, KIND: tl.constexpr, FULL: tl.constexpr):
     """Zero what is not kept of `x`; the pointers are to its term."""
-    if KIND % _RAW == _CUT:
+    if KIND == _CUT:
         outer = tl.where(offsets < tl.load(words + 6), tl.load(numbers + 2), tl.load(numbers + 3))
         inner = tl.where(offsets < tl.load(words + 7), tl.load(numbers + 4), tl.load(numbers + 5))
         x = tl.where(tl.abs(x) <= outer, 0.0, x)
         x = tl.where(tl.abs(x) > inner, 0.0, x)
-    if KIND % _RAW == _HASHED:
+    if KIND == _HASHED:
         x = x * (_hash(words, offsets).to(tl.int64) < tl.load(words + 5)).to(tl.float32)
-    if KIND % _RAW >= _RANKED:
-        if KIND % _RAW == _RANKED_WIDE:
-            rank = _load(tl.load(words + 1), offsets, inside, tl.int32)
+    if KIND >= _RANKED:
+        if KIND == _RANKED_WIDE:
+            rank = _load(tl.load(words + 1), offsets, n, tl.int32, FULL)
         else:
-            rank = _load(tl.load(words + 1), offsets, inside, tl.int16)
-        limit = tl.load(tl.load(words + 2).to(tl.pointer_type(tl.int32)) + rank, mask=inside, other=0)
+            rank = _load(tl.load(words + 1), offsets, n, tl.int16, FULL)
+        limit = tl.load(tl.load(words + 2).to(tl.pointer_type(tl.int32)) + rank)
         x = x * (_hash(words, offsets) < limit).to(tl.float32)
     return x
 
 
 @triton.jit
-def _term(words, numbers, base, offsets, inside, k: tl.constexpr, KINDS: tl.constexpr, DTYPE: tl.constexpr):
+def _term(
+    words, numbers, base, offsets, n,
+    k: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """factor * kept(delta) of term k; the pointers are to the tensor's rows."""
-    KIND: tl.constexpr = KINDS // _CODES**k % _CODES
     words += _W + k * _TW
     numbers += _N + k * _TN
-    x = _delta(words, base, offsets, inside, DTYPE, KIND)
-    return _kept(x, words, numbers, offsets, inside, KIND) * tl.load(numbers)
+    x = _delta(words, base, offsets, n, RAWS[k], DTYPE, FULL)
+    return _kept(x, words, numbers, offsets, n, KINDS[k], FULL) * tl.load(numbers)
+
+
+@triton.jit
+def _average(
+    words, numbers, base, offsets, n,
+    TERMS: tl.constexpr, RAWS: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """sum_i factor_i theta_i / divisor."""
+    total = tl.zeros_like(base)
+    for k in tl.static_range(TERMS):
+        theta = base + _delta(words + _W + k * _TW, base, offsets, n, RAWS[k], DTYPE, FULL)
+        total = tl.fma(theta, tl.zeros_like(base) + tl.load(numbers + _N + k * _TN), total)
+    return tl.div_rn(total, tl.zeros_like(base) + tl.load(numbers))
+
+
+@triton.jit
+def _sum(
+    words, numbers, base, offsets, n,
+    TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The sum of the terms / divisor."""
+    mix = _term(words, numbers, base, offsets, n, 0, KINDS, RAWS, DTYPE, FULL)
+    for k in tl.static_range(1, TERMS):
+        mix += _term(words, numbers, base, offsets, n, k, KINDS, RAWS, DTYPE, FULL)
+    return tl.div_rn(mix, tl.zeros_like(base) + tl.load(numbers))
+
+
+@triton.jit
+def _elected(
+    words, numbers, base, offsets, n, NORMALIZED: tl.constexpr,
+    TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The sum of the entries that have its sign, divided by the sum of their weights if asked."""
+    total = tl.zeros_like(base)
+    for k in tl.static_range(TERMS):
+        total += _term(words, numbers, base, offsets, n, k, KINDS, RAWS, DTYPE, FULL)
+    sign = tl.where(total.to(tl.int32, bitcast=True) < 0, -1.0, 1.0)
+    mix, divisor = tl.zeros_like(base), tl.zeros_like(base)
+    for k in tl.static_range(TERMS):  # the compiler sees that it has these terms: nothing is loaded twice
+        agreed = _term(words, numbers, base, offsets, n, k, KINDS, RAWS, DTYPE, FULL) * sign
+        agreed = tl.where(agreed < 0.0, 0.0, agreed)
+        mix += agreed
+        divisor += tl.where(agreed > 0.0, tl.load(numbers + _N + k * _TN + 1), 0.0)
+    mix *= sign
+    if NORMALIZED:
+        least = tl.load(numbers + 2)
+        positive = tl.where(divisor < least, least, divisor)
+        divisor = tl.where(least > 0.0, positive, tl.where(divisor == 0.0, 1.0, divisor))
+        mix = tl.div_rn(mix, divisor)
+    return mix
+
+
+@triton.jit
+def _merge(
+    words, numbers, flag, offsets, n, TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr,
+    MODE: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    base = _load(tl.load(words), offsets, n, DTYPE, FULL).to(tl.float32)
+    if MODE == _AVERAGE:
+        result = _average(words, numbers, base, offsets, n, TERMS, RAWS, DTYPE, FULL)
+    else:
+        if MODE == _SUM:
+            mix = _sum(words, numbers, base, offsets, n, TERMS, KINDS, RAWS, DTYPE, FULL)
+        else:
+            mix = _elected(
+                words, numbers, base, offsets, n, MODE == _NORMALIZED, TERMS, KINDS, RAWS, DTYPE, FULL
+            )
+        result = base + mix * tl.load(numbers + 1)
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        rounded = _bfloat16(result)
+    else:
+        rounded = result.to(DTYPE)
+    finite = (tl.abs(result) < float("inf")) & (tl.abs(rounded.to(tl.float32)) < float("inf"))
+    places = _at(tl.load(words + 1), offsets, DTYPE)
+    if FULL:
+        tl.store(places, rounded)
+    else:
+        tl.store(places, rounded, mask=offsets < n)
+        finite = finite | (offsets >= n)
+    if tl.min(finite.to(tl.int32), 0) == 0:
+        tl.store(flag, 1)
 
 
 @triton.jit
 def merge(
-    tensor_of, first_of, words, numbers, flags,
-    TERMS: tl.constexpr, KINDS: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    tensor_of, first_of, words, numbers, flags, TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr,
+    MODE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Merge one block; set the tensor's flag where a result is not finite."""
     tensor = tl.load(tensor_of + tl.program_id(0))
-    block = tl.program_id(0) - tl.load(first_of + tensor)
+    first = (tl.program_id(0) - tl.load(first_of + tensor)).to(tl.int64) * BLOCK
     words += tensor * (_W + TERMS * _TW)
     numbers += tensor * (_N + TERMS * _TN)
-    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < tl.load(words + 2)
-    base = _load(tl.load(words), offsets, inside, DTYPE).to(tl.float32)
-    mix = tl.zeros((BLOCK,), tl.float32)
-    if MODE == _AVERAGE:
-        for k in tl.static_range(TERMS):
-            KIND: tl.constexpr = KINDS // _CODES**k % _CODES
-            theta = base + _delta(words + _W + k * _TW, base, offsets, inside, DTYPE, KIND)
-            factor = tl.load(numbers + _N + k * _TN) + tl.zeros((BLOCK,), tl.float32)
-            mix = tl.fma(theta, factor, mix)
-        result = tl.div_rn(mix, tl.load(numbers) + tl.zeros((BLOCK,), tl.float32))
+    offsets, n = first + tl.arange(0, BLOCK), tl.load(words + 2)
+    if first + BLOCK <= n:
+        _merge(words, numbers, flags + tensor, offsets, n, TERMS, KINDS, RAWS, MODE, DTYPE, True)
     else:
-        if MODE != _SUM:
-            total = tl.zeros((BLOCK,), tl.float32)
-            for k in tl.static_range(TERMS):
-                total += _term(words, numbers, base, offsets, inside, k, KINDS, DTYPE)
-            sign = tl.where(total.to(tl.int32, bitcast=True) < 0, -1.0, 1.0)
-            divisor = tl.zeros((BLOCK,), tl.float32)
-            for k in tl.static_range(TERMS):  # the compiler finds these terms computed already
-                agreed = _term(words, numbers, base, offsets, inside, k, KINDS, DTYPE) * sign
-                agreed = tl.where(agreed < 0.0, 0.0, agreed)
-                mix += agreed
-                divisor += tl.where(agreed > 0.0, tl.load(numbers + _N + k * _TN + 1), 0.0)
-            mix *= sign
-            if MODE == _NORMALIZED:
-                least = tl.load(numbers + 2)
-                positive = tl.where(divisor < least, least, divisor)
-                divisor = tl.where(least > 0.0, positive, tl.where(divisor == 0.0, 1.0, divisor))
-                mix = tl.div_rn(mix, divisor)
-        else:
-            mix = _term(words, numbers, base, offsets, inside, 0, KINDS, DTYPE)
-            for k in tl.static_range(1, TERMS):
-                mix += _term(words, numbers, base, offsets, inside, k, KINDS, DTYPE)
-            mix = tl.div_rn(mix, tl.load(numbers) + tl.zeros((BLOCK,), tl.float32))
-        result = base + mix * tl.load(numbers + 1)
-    rounded = result
-    if DTYPE == tl.float16:  # noqa: SIM300
-        rounded = result.to(tl.float16)
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
-        rounded = _bfloat16(result)
-    places = tl.load(words + 1).to(tl.pointer_type(DTYPE)) + offsets
-    tl.store(tl.max_contiguous(tl.multiple_of(places, 16), 16), rounded, mask=inside)
-    finite = (tl.abs(result) < float("inf")) & (tl.abs(rounded.to(tl.float32)) < float("inf"))
-    if tl.min((finite | (inside == 0)).to(tl.int32), 0) == 0:
-        tl.store(flags + tensor, 1)
+        _merge(words, numbers, flags + tensor, offsets, n, TERMS, KINDS, RAWS, MODE, DTYPE, False)
+
+
+@triton.jit
+def _norms(
+    words, numbers, sums, offsets, n,
+    TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    base = _load(tl.load(words), offsets, n, DTYPE, FULL).to(tl.float32)
+    for k in tl.static_range(TERMS):
+        term, limits = words + _W + k * _TW, numbers + _N + k * _TN
+        x = _delta(term, base, offsets, n, RAWS[k], DTYPE, FULL)
+        tl.store(sums + 2 * k, tl.sum(tl.abs(x).to(tl.float64), 0))
+        x = _kept(x, term, limits, offsets, n, KINDS[k], FULL)
+        tl.store(sums + 2 * k + 1, tl.sum(tl.abs(x).to(tl.float64), 0))
 
 
 @triton.jit
 def norms(
-    tensor_of, first_of, words, numbers, sums,
-    TERMS: tl.constexpr, KINDS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    tensor_of, first_of, words, numbers, sums, TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`sums` (blocks, TERMS, 2): of a term's magnitudes in one block, and of what is kept of them."""
     tensor = tl.load(tensor_of + tl.program_id(0))
-    block = tl.program_id(0) - tl.load(first_of + tensor)
+    first = (tl.program_id(0) - tl.load(first_of + tensor)).to(tl.int64) * BLOCK
     words += tensor * (_W + TERMS * _TW)
     numbers += tensor * (_N + TERMS * _TN)
-    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < tl.load(words + 2)
-    base = _load(tl.load(words), offsets, inside, DTYPE).to(tl.float32)
     sums += tl.program_id(0).to(tl.int64) * (2 * TERMS)
-    for k in tl.static_range(TERMS):
-        KIND: tl.constexpr = KINDS // _CODES**k % _CODES
-        term, limits = words + _W + k * _TW, numbers + _N + k * _TN
-        x = _delta(term, base, offsets, inside, DTYPE, KIND)
-        tl.store(sums + 2 * k, tl.sum(tl.abs(x).to(tl.float64), 0))
-        if KIND % _RAW != 0:
-            x = _kept(x, term, limits, offsets, inside, KIND)
-        tl.store(sums + 2 * k + 1, tl.sum(tl.abs(x).to(tl.float64), 0))
+    offsets, n = first + tl.arange(0, BLOCK), tl.load(words + 2)
+    if first + BLOCK <= n:
+        _norms(words, numbers, sums, offsets, n, TERMS, KINDS, RAWS, DTYPE, True)
+    else:
+        _norms(words, numbers, sums, offsets, n, TERMS, KINDS, RAWS, DTYPE, False)
 
 
 @triton.jit

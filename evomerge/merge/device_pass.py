@@ -150,17 +150,18 @@ class DevicePass:
 
         how, work = tables.formula, self._map(tables)
         grid, count = (len(work.tensor_of),), len(how.kinds)
-        shape = {"TERMS": count, "KINDS": how.code, "DTYPE": _triton.DTYPES[how.dtype], "BLOCK": how.block}
         exact = {"enable_fp_fusion": False}  # no product is contracted with a sum
+        shape = {"TERMS": count, "KINDS": how.kinds, "RAWS": how.raws, "BLOCK": how.block, **exact}
+        shape["DTYPE"] = _triton.DTYPES[how.dtype]
         if tables.weights is not None:
             sums = torch.empty((*grid, count, 2), dtype=torch.float64, device=self._device)
-            _triton.norms[grid](*work, tables.words, tables.numbers, sums, **shape, **exact)
+            _triton.norms[grid](*work, tables.words, tables.numbers, sums, **shape)
             weights, smallest = tables.weights
             _triton.rescale[(len(tables.jobs), count)](
                 work.first_of, sums, weights, tables.numbers, smallest, TERMS=count, STEP=STEP, **exact
             )
         flags = torch.zeros(len(tables.jobs), dtype=torch.int32, device=self._device)
-        _triton.merge[grid](*work, tables.words, tables.numbers, flags, MODE=how.mode, **shape, **exact)
+        _triton.merge[grid](*work, tables.words, tables.numbers, flags, MODE=how.mode, **shape)
         if self._device.type == "cpu":
             return flags
         return torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True).copy_(flags, non_blocking=True)

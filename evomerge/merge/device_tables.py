@@ -30,8 +30,6 @@ NUMBERS, TERM_NUMBERS = 3, 6  # divisor, scale, least weight; factor, weight, 2 
 
 # what is kept of a term: everything, between two cuts, by hash, by hash and rank (int16 or int32)
 WHOLE, CUT, HASHED, RANKED, RANKED_WIDE = range(5)
-RAW = 8  # added where the source is a whole tensor in the base's dtype and not a float32 task vector
-CODES = 16  # a launch has its terms' kinds as the digits of one number to this base
 
 # what is done with the terms
 SUM, ELECT, ELECT_NORMALIZED, AVERAGE = range(4)
@@ -59,19 +57,16 @@ class Formula(NamedTuple):
     Attributes:
         mode: what is done with the terms.
         kinds: what is kept of each.
+        raws: whether its source is a whole tensor in the base's dtype, and not a float32 task vector.
         dtype: of the base.
         rescaled: whether factors depend on norms.
     """
 
     mode: int
     kinds: tuple[int, ...]
+    raws: tuple[bool, ...]
     dtype: torch.dtype
     rescaled: bool
-
-    @property
-    def code(self) -> int:
-        """`kinds` as one number."""
-        return sum(kind * CODES**k for k, kind in enumerate(self.kinds))
 
     @property
     def block(self) -> int:
@@ -135,20 +130,20 @@ class Job(NamedTuple):
             divisor = divisor_of([term.weight for term in terms], weights, normalized, consensus)
             elected = ELECT_NORMALIZED if normalized else ELECT
             mode = elected if consensus and len(terms) > 1 else SUM
-        kinds = tuple(_kind(kind, values[term.model], term.part, tuple(base.shape)) for term in terms)
-        sparse = any(kind % RAW for kind in kinds)
-        how = Formula(mode, kinds, base.dtype, sparse and bool(shared.get("rescale")))
+        kinds = tuple(_kind(kind, values[term.model], tuple(base.shape)) for term in terms)
+        raws = tuple(term.part.raw for term in terms)
+        how = Formula(mode, kinds, raws, base.dtype, any(kinds) and bool(shared.get("rescale")))
         return cls(op, how, base, torch.empty_like(base), terms, divisor)
 
 
-def _kind(kind: int, values: Mapping[str, float], part: Part, shape: tuple[int, ...]) -> int:
+def _kind(kind: int, values: Mapping[str, float], shape: tuple[int, ...]) -> int:
     if values.get("density", 1.0) >= 1.0:
         kind = WHOLE
     elif kind == RANKED and values["epsilon"] == 0.0:
         kind = HASHED
     elif kind == RANKED and row_length(shape) > 1 << 15:  # as `row_ranks` chooses
         kind = RANKED_WIDE
-    return kind + RAW * part.raw
+    return kind
 
 
 class Tables:
@@ -177,7 +172,7 @@ class Tables:
             least = min(term.weight for term in job.terms)
             numbers += [job.divisor, float(job.op.setting.parameters.get("lambda", 1.0)), least]
             for term, kind in zip(job.terms, self.formula.kinds, strict=True):
-                row, limits = self._row(job, term, kind % RAW, len(words), len(numbers))
+                row, limits = self._row(job, term, kind, len(words), len(numbers))
                 words += row
                 numbers += [term.weight, term.weight, *limits]
         self.words = self._sent(torch.tensor(words))
