@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
+from unittest import mock
 
 import torch
 
 from evomerge.merge.device_tables import FAMILY
+from evomerge.merge.merger import Merger
 from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Cell, Recipe, Setting
@@ -15,13 +18,13 @@ from evomerge.sources.layout import Layout
 from evomerge.sources.streamed import TaskVector
 
 SHAPES = {
-    "model.embed_tokens.weight": (60, 110),  # more than a block, and no multiple of one
+    "model.embed_tokens.weight": (50, 45),  # more than a block, and no multiple of one
     "model.layers.0.self_attn.q_proj.weight": (16, 24),
-    "model.layers.0.mlp.up_proj.weight": (2, 2048),  # one block to the last entry
+    "model.layers.0.mlp.up_proj.weight": (16, 128),  # one block to the last entry
     "model.layers.0.input_layernorm.weight": (16,),
 }
 NAMES = tuple(SHAPES)
-CELLS = {Cell(None, "embedding"), Cell(0, "attention"), Cell(0, "mlp"), Cell(0, "norm")}
+CELLS = (Cell(None, "embedding"), Cell(0, "attention"), Cell(0, "mlp"), Cell(0, "norm"))
 MODELS = ("full", "coarse", "adapter", "other")
 METHODS = tuple(FAMILY)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -70,19 +73,22 @@ class KernelSources:
 class DeltaSources(KernelSources):
     """The same as task vectors in float32."""
 
-    own_tensor = None  # type: ignore[assignment]
-
-    def __getattribute__(self, name: str) -> object:
-        if name == "own_tensor":
-            raise AttributeError(name)
-        return super().__getattribute__(name)
+    def own_tensor(self, model: str, name: str) -> torch.Tensor | None:
+        return None
 
 
 def plan_of(settings: Setting | Sequence[Setting], seed: int = 0) -> MergePlan:
     """One setting for every tensor, or one for each."""
     each = [settings] * 4 if isinstance(settings, Setting) else settings
-    order = [Cell(None, "embedding"), Cell(0, "attention"), Cell(0, "mlp"), Cell(0, "norm")]
-    return MergePlan.compile(Recipe("base", MODELS, dict(zip(order, each, strict=True)), seed), Layout(NAMES))
+    return MergePlan.compile(Recipe("base", MODELS, dict(zip(CELLS, each, strict=True)), seed), Layout(NAMES))
+
+
+def by_cpu(sources: KernelSources, plan: MergePlan) -> dict[str, torch.Tensor]:
+    """Merged by numba or torch on the CPU."""
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}):
+        merger = Merger(sources)
+    assert not merger.fused_on_device
+    return dict(merger.materialize(plan))
 
 
 def random_setting(name: str, rng: random.Random, rescale: bool = False) -> Setting:

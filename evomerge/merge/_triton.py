@@ -170,7 +170,7 @@ def _merge(
                 words, numbers, base, offsets, n, MODE == _NORMALIZED, TERMS, KINDS, RAWS, DTYPE, FULL
             )
         result = base + mix * tl.load(numbers + 1)
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
+    if DTYPE == tl.bfloat16:  # noqa: SIM108, SIM300
         rounded = _bfloat16(result)
     else:
         rounded = result.to(DTYPE)

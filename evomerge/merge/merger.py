@@ -95,6 +95,11 @@ class Merger:
         """Memory that the cache holds now."""
         return self._cache.used
 
+    @property
+    def fused_on_device(self) -> bool:
+        """Whether the common methods are merged by the accelerator's own kernels."""
+        return self._on_device is not None
+
     def materialize(
         self, plan: MergePlan, only: Container[str] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
