@@ -67,6 +67,7 @@ class Merger:
             task vectors of large tensors are read slice by slice by the methods that can: memory does not
             grow with the number of models.
         host_bytes: pinned memory for sources that find no room in a GPU's cache.
+        fused: whether a GPU's own kernels may merge; if not, torch does.
     """
 
     def __init__(
@@ -76,13 +77,14 @@ class Merger:
         device: torch.device | str = "cpu",
         cache_bytes: int = 0,
         host_bytes: int = 0,
+        fused: bool = True,
     ) -> None:
         self._sources = sources
         self._device = torch.device(device)
         self._cache = _Cache(cache_bytes)
         self._host_cache = _Cache(host_bytes)
         self._on_device: DevicePass | None = None
-        if usable(self._device):
+        if fused and usable(self._device):
             there = DeviceSources(sources, self._device, self._cache, self._host_cache)
             self._on_device = DevicePass(there, self._device, self._cache, self._merge, _not_finite)
         on_cpu = self._device.type == "cpu"

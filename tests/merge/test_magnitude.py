@@ -127,3 +127,17 @@ def test_indexing_does_not_change_the_task_vector():
     delta = -torch.arange(5.0)
     MagnitudeIndex(delta)
     assert torch.equal(delta, -torch.arange(5.0))
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("name", DELTAS)
+def test_thresholds_found_on_a_device_are_those_found_on_the_host(name, early):
+    delta = DELTAS[name]
+    index = MagnitudeIndex(delta)
+    for k in some_counts(delta.numel()):
+        cut, chosen = index.largest(delta, k, early=early), index.chosen(delta, k, early=early)
+        kept = torch.empty_like(delta)
+        cut.write(delta, 0, delta.numel(), kept)
+        before = torch.arange(delta.numel()) < chosen.place
+        limit = torch.where(before, chosen.first, chosen.second)
+        assert torch.equal(torch.where(delta.abs() > limit, delta, 0.0), kept), k

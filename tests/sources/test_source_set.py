@@ -82,6 +82,22 @@ def test_an_equal_tensor_has_no_delta(base: Path, tmp_path: Path):
     assert sources.delta("tuned", Q_PROJ) is None
 
 
+def test_an_own_tensor_less_the_base_is_the_delta_and_other_models_have_none(base: Path, tmp_path: Path):
+    tuned = tiny_model(tmp_path / "tuned", seed=1, noise_from=base)
+    start = load_file(base / "model.safetensors")[Q_PROJ]
+    wide = edit(tiny_model(tmp_path / "wide"), {Q_PROJ: start.double() + 1})
+    lora = tiny_adapter(tmp_path / "lora", base)
+    sources = open_set(base, tuned=tuned, wide=wide, lora=lora)
+    own, delta = sources.own_tensor("tuned", Q_PROJ), sources.delta("tuned", Q_PROJ)
+    assert own is not None
+    assert own.dtype == start.dtype
+    assert torch.equal(own.float() - start.float(), delta)
+    assert sources.own_tensor("wide", Q_PROJ) is None
+    assert sources.own_tensor("lora", Q_PROJ) is None
+    edit(tuned, {Q_PROJ: start})
+    assert open_set(base, tuned=tuned).own_tensor("tuned", Q_PROJ) is None
+
+
 def test_a_model_in_another_dtype_is_compared_by_value(base: Path, tmp_path: Path):
     copy = tiny_model(tmp_path / "copy")
     edit(copy, {Q_PROJ: load_file(base / "model.safetensors")[Q_PROJ].float()})
