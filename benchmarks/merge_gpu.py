@@ -121,9 +121,9 @@ class RandomSources:
         """See `TensorSources`."""
         return self.base[name]
 
-    def own_tensor(self, model: str, name: str) -> torch.Tensor:
-        """See `SourceSet.own_tensor`."""
-        return self.own[model, name]
+    def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor:
+        """See `TensorSources`."""
+        return self.own[model, name].reshape(-1)
 
     def delta(self, model: str, name: str) -> torch.Tensor:
         """See `TensorSources`."""

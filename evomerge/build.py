@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from evomerge.config import LoadedConfig, StageConfig, differences, load_config
 from evomerge.engine.base import Engine
-from evomerge.engine.factory import transformers_engine
+from evomerge.engine.factory import Kind, engine_kind, open_engine
 from evomerge.errors import ConfigError, RunDirError, SourceError
 from evomerge.evaluate.evaluator import evaluate, subset
 from evomerge.evaluate.items import Split
@@ -52,6 +52,7 @@ from evomerge.study.storage import JOURNAL, TrialLog
 from evomerge.study.study import Observer, Plan, Stage, Study
 
 CONFIG = "config.json"  # what a run was started with, in its directory
+ENGINE_LOG = "engine.log"  # what vLLM prints, in the run directory
 LOCK = "lock"  # held while a process works in a run directory
 WRITTEN = ("bfloat16", "float16", "float32")  # dtypes that a model can be written in
 PACKAGES = ("evomerge", "torch", "transformers", "optuna", "cma", "cmaes")
@@ -67,6 +68,7 @@ class Parts:
     family: Family
     suite: Suite
     stages: tuple[Stage, ...]
+    engine: Kind
 
     @classmethod
     def open(cls, loaded: LoadedConfig) -> Parts:
@@ -76,6 +78,7 @@ class Parts:
             ConfigError, SourceError, FitnessError: what is wrong, and where.
         """
         config = loaded.config
+        engine = engine_kind(config.engine.kind, config.engine.device, config.engine.options)
         limits = {split: n for split, n in config.items.model_dump().items() if n is not None}
         suite = Suite.load(loaded.fitness(), limits)
         sources = SourceSet.open(loaded.base(), loaded.models())
@@ -91,7 +94,7 @@ class Parts:
                 population_size=config.search.population_size,
                 options=config.search.options,
             )
-        return cls(loaded, sources, layout, family, suite, stages)
+        return cls(loaded, sources, layout, family, suite, stages, engine)
 
 
 def family_of(sources: SourceSet, layout: Layout, seed: int = 0) -> Family:
@@ -116,16 +119,15 @@ def _stages(loaded: LoadedConfig, family: Family) -> list[Stage]:
     return stages
 
 
-def make_engine(parts: Parts) -> Engine:
-    """The engine that the run file asks for, with the base model's weights."""
-    config = parts.loaded.config.engine
-    return transformers_engine(
+def make_engine(parts: Parts, kind: Kind | None = None) -> Engine:
+    """The engine that the run file asks for, with the base model's weights; `kind` instead of its own."""
+    run_dir = parts.loaded.run_dir
+    settings = parts.loaded.config.engine.model_dump()
+    return open_engine(
         parts.sources,
         parts.layout,
-        device=config.device,
-        dtype=config.dtype,
-        batch_tokens=config.batch_tokens,
-        cache_gb=config.cache_gb,
+        **{**settings, "kind": kind or settings["kind"]},
+        log=run_dir / ENGINE_LOG if run_dir.is_dir() else None,
     )
 
 
@@ -137,6 +139,9 @@ class Run:
         resume: whether an earlier process has begun this run.
         say: told of warnings and progress, one line each.
 
+    Attributes:
+        engine: the kind of engine; with `auto` a resumed run keeps the one that it was begun with.
+
     Raises:
         RunDirError: the directory is in use, cannot be written, exists already (without `resume`), or
             belongs to another configuration (with it).
@@ -144,6 +149,7 @@ class Run:
 
     def __init__(self, parts: Parts, *, resume: bool = False, say: Say = silent) -> None:
         self.parts, self.say, self._resumed = parts, say, resume
+        self.engine = parts.engine
         self.folder = parts.loaded.run_dir
         self._stack = ExitStack()
         begun = (self.folder / CONFIG).exists()
@@ -204,6 +210,7 @@ class Run:
             "run_file": str(self.parts.loaded.path.resolve()),
             "sources": self.parts.sources.hashes(),
             "items": self.parts.suite.digest,
+            "engine": self.parts.engine,
         }
         path = self.folder / CONFIG
         if not begun:
@@ -213,7 +220,9 @@ class Run:
             temporary.replace(path)
             return
         then = begun_with(self.folder)
-        keys = ("config", "sources", "items")
+        if self.parts.loaded.config.engine.kind == "auto":
+            self.engine = now["engine"] = then["engine"]
+        keys = ("config", "sources", "items", "engine")
         lines = differences({key: then[key] for key in keys}, {key: now[key] for key in keys})
         if lines:
             shown = "\n  ".join(lines)
@@ -326,7 +335,7 @@ def run_search(
     loaded = config if isinstance(config, LoadedConfig) else load_config(config)
     parts = Parts.open(loaded)
     with Run(parts, resume=resume, say=say) as run:
-        engine = make_engine(parts)
+        engine = make_engine(parts, run.engine)
         try:
             return run.search(engine, observer)
         finally:
@@ -368,7 +377,7 @@ def _write_winner(
 
 
 def begun_with(run_dir: Path) -> dict[str, Any]:
-    """What a run was begun with: name, storage, config, run_file, sources, items, versions, started.
+    """What a run was begun with: name, storage, config, run_file, sources, items, engine, versions, started.
 
     Raises:
         RunDirError: no run was begun there.
@@ -464,6 +473,7 @@ def evaluate_model(
     *,
     split: Split = "selection",
     limit: int | None = None,
+    engine: Kind = "auto",
     device: str = "auto",
     dtype: str = "auto",
 ) -> tuple[Mapping[str, Score], float]:
@@ -482,13 +492,13 @@ def evaluate_model(
     else:
         sources = SourceSet.open(SourceRef(model=text), {})
         layout, recipe = sources.layout(), Recipe(sources.base_name, (), {})
-    engine = transformers_engine(sources, layout, device=device, dtype=dtype)
+    opened = open_engine(sources, layout, kind=engine, device=device, dtype=dtype)
     try:
-        engine.load(recipe)
+        opened.load(recipe)
         with suite.unsealed():
-            scores = score_tasks(evaluate(engine, suite, subset(suite, split)))
+            scores = score_tasks(evaluate(opened, suite, subset(suite, split)))
     finally:
-        engine.close()
+        opened.close()
     # Without a run there is no best source to normalise by.
     kind = "mean" if suite.aggregate == "normalized" else suite.aggregate
     return scores, aggregate(scores, suite.weights, kind).value

@@ -14,7 +14,7 @@ from typing import Any
 
 from evomerge.build import Parts, make_engine, plan_of
 from evomerge.config import LoadedConfig
-from evomerge.engine.factory import cache_bytes
+from evomerge.engine.memory import delta_bytes, host_cache_bytes
 from evomerge.errors import RunDirError
 from evomerge.evaluate.evaluator import evaluate, subset
 from evomerge.study.budget import seconds_of
@@ -77,15 +77,10 @@ def _disk(parts: Parts) -> str:
 
 
 def _memory(parts: Parts) -> str:
-    full = 4 * sum(
-        info.numel
-        for model in parts.sources.models
-        for name, info in parts.sources.base.tensors.items()
-        if parts.sources.may_change(model, name)
-    )
-    room = cache_bytes(parts.loaded.config.engine.cache_gb)
+    full = delta_bytes(parts.sources)
+    room = host_cache_bytes(parts.loaded.config.engine.cache_gb)
     kept = "all stay in memory" if full <= room else "the rest is read again for each candidate"
-    return f"{full / 1e9:.2f} GB in float32, room for {room / 1e9:.2f} GB: {kept}"
+    return f"up to {full / 1e9:.2f} GB with the base, room for {room / 1e9:.2f} GB: {kept}"
 
 
 def _timed(parts: Parts) -> dict[str, Any]:

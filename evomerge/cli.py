@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -170,6 +170,10 @@ def evaluate(
     fitness: Annotated[str, typer.Argument(metavar="FITNESS.yaml", help="Task suite: path or shipped name.")],
     split: Annotated[str, typer.Option(help="calibration, selection or held_out.")] = "selection",
     limit: Annotated[int | None, typer.Option(help="Most items per task.", min=1)] = None,
+    engine: Annotated[
+        Literal["auto", "transformers", "vllm"],
+        typer.Option(help="What runs the model; auto: vLLM if there."),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     as_json: AsJson = False,
@@ -182,7 +186,9 @@ def evaluate(
 
     chosen = check_split(split, "--split", ConfigError)
     path = find_resource("fitness", fitness, Path.cwd(), "FITNESS.yaml")
-    scores, fitness_value = evaluate_model(model, path, split=chosen, limit=limit, device=device, dtype=dtype)
+    scores, fitness_value = evaluate_model(
+        model, path, split=chosen, limit=limit, engine=engine, device=device, dtype=dtype
+    )
     if as_json:
         data = {"fitness": fitness_value, "tasks": {task: score._asdict() for task, score in scores.items()}}
         sys.stdout.write(json.dumps(data, indent=1) + "\n")

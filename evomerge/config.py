@@ -63,11 +63,13 @@ class Items(Section):
 class EngineConfig(Section):
     """The engine that holds and runs candidates."""
 
-    kind: Literal["auto", "transformers"] = "auto"
+    kind: Literal["auto", "transformers", "vllm"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     batch_tokens: Annotated[int, Field(ge=64)] = 8192
     cache_gb: Annotated[float, Field(ge=0)] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    timeout: Annotated[float, Field(gt=0)] = 600.0
 
 
 class FixedConfig(Section):

@@ -51,11 +51,13 @@ fixed:                              # merges without a search: baselines and war
 selection: {top: 4}                 # how many of the search's best meet on the selection items
 
 engine:
-  kind: auto
-  device: auto                      # auto | cpu | cuda | mps
+  kind: auto                        # auto (vLLM where it is installed) | transformers | vllm
+  device: auto                      # auto | cpu | cuda | mps; vLLM: auto
   dtype: auto                       # auto (as stored) | bfloat16 | float16 | float32
-  batch_tokens: 8192                # most tokens of one forward pass over prompts
+  batch_tokens: 8192                # transformers: most tokens of one forward pass over prompts
   cache_gb: null                    # memory for task vectors; null: half of what is free
+  options: {}                       # vLLM's own arguments, as {gpu_memory_utilization: 0.8}
+  timeout: 600                      # vLLM: seconds without an answer after which it counts as hung
 
 export: {model: false}              # true: write the winner as a model folder, too
 

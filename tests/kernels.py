@@ -13,6 +13,7 @@ from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Cell, Recipe, Setting
 from evomerge.sources.layout import Layout
+from evomerge.sources.source_set import own_or_delta
 from evomerge.sources.streamed import TaskVector
 
 SHAPES = {
@@ -57,8 +58,10 @@ class KernelSources:
     def base_tensor(self, name: str) -> torch.Tensor:
         return self.base[name]
 
-    def own_tensor(self, model: str, name: str) -> torch.Tensor | None:
-        return self.own.get((model, name))
+    def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
+        own = self.own.get((model, name))
+        delta = self.delta(model, name) if own is None else own_or_delta(own, base.reshape(own.shape))
+        return None if delta is None else delta.reshape(-1)
 
     def delta(self, model: str, name: str) -> torch.Tensor | None:
         own = self.own.get((model, name))
@@ -71,8 +74,9 @@ class KernelSources:
 class DeltaSources(KernelSources):
     """The same as task vectors in float32."""
 
-    def own_tensor(self, model: str, name: str) -> torch.Tensor | None:
-        return None
+    def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
+        delta = self.delta(model, name)
+        return None if delta is None else delta.reshape(-1)
 
 
 def plan_of(settings: Setting | Sequence[Setting], seed: int = 0) -> MergePlan:

@@ -25,7 +25,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the engine was built before the input was checked")
 
-    monkeypatch.setattr(build, "transformers_engine", refuse)
+    monkeypatch.setattr(build, "open_engine", refuse)
 
 
 def missing_file(world: World) -> None:

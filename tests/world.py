@@ -92,7 +92,7 @@ def make_world(folder: Path, sources: Path) -> World:
         "budget": {"trials": 34},
         "search": {"population_size": 4, "stages": [{"space": "global"}, {"space": "modules"}]},
         "fixed": {"screen_items": 2, "promote": 2, "subset_scales": [0.5, 1.0]},
-        "engine": {"device": "cpu", "cache_gb": 0.1},
+        "engine": {"kind": "transformers", "device": "cpu", "cache_gb": 0.1},
         "selection": {"top": 2},
     }
     world = World(folder, run)

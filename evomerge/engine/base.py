@@ -9,7 +9,7 @@ Imports: `evomerge.recipe` and `evomerge.errors`; never torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from evomerge.recipe import Recipe
@@ -63,11 +63,15 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load` did: seconds, tensors written, and the fingerprint that merger and engine agree on."""
+    """What `load` did: seconds, tensors written, and the fingerprint of the merged tensors.
+
+    `parts` are seconds of steps of it, where an engine tells them: `merge`, `swap` and `check`.
+    """
 
     seconds: float
     tensors: int
     fingerprint: str
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -21,12 +21,22 @@ from evomerge.merge import device_tables as tables
 # a kernel sees only globals of this type
 _W, _TW = tl.constexpr(tables.WORDS), tl.constexpr(tables.TERM_WORDS)
 _N, _TN = tl.constexpr(tables.NUMBERS), tl.constexpr(tables.TERM_NUMBERS)
+_OUTER, _INNER = tl.constexpr(tables.CUTS[0]), tl.constexpr(tables.CUTS[1])
 _CUT, _HASHED = tl.constexpr(tables.CUT), tl.constexpr(tables.HASHED)
 _RANKED, _RANKED_WIDE = tl.constexpr(tables.RANKED), tl.constexpr(tables.RANKED_WIDE)
 _SUM, _NORMALIZED = tl.constexpr(tables.SUM), tl.constexpr(tables.ELECT_NORMALIZED)
 _AVERAGE = tl.constexpr(tables.AVERAGE)
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _block(tensor_of, first_of, words, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's tensor, the words of that, the program's first entry, and how many the tensor has."""
+    tensor = tl.load(tensor_of + tl.program_id(0))
+    first = (tl.program_id(0) - tl.load(first_of + tensor)).to(tl.int64) * BLOCK
+    words += tensor * (_W + TERMS * _TW)
+    return tensor, words, first, tl.load(words + 2)
 
 
 @triton.jit
@@ -65,21 +75,27 @@ def _delta(words, base, offsets, n, RAW: tl.constexpr, DTYPE: tl.constexpr, FULL
 
 @triton.jit
 def _hash(words, offsets):
-    """The hash of `evomerge.merge.mask`, int32 with wrap-around."""
+    """The hash of `evomerge.merge.mask`, with the sign bit turned: an order of uint32."""
     x = offsets.to(tl.int32) + tl.load(words + 3).to(tl.int32)
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = x ^ tl.load(words + 4).to(tl.int32)
-    return (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261  # 0x846CA68B
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261  # 0x846CA68B
+    return (x ^ -0x80000000).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _kept(x, words, numbers, offsets, n, KIND: tl.constexpr, FULL: tl.constexpr):
-    """Zero what is not kept of `x`; the pointers are to its term."""
+def _limit(cut, offsets):
+    """The limit of each entry by one cut; the pointer is to its words."""
+    word = tl.where(offsets < tl.load(cut), tl.load(cut + 1), tl.load(cut + 2))
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _kept(x, words, offsets, n, KIND: tl.constexpr, FULL: tl.constexpr):
+    """Zero what is not kept of `x`; the pointer is to its term's words."""
     if KIND == _CUT:
-        outer = tl.where(offsets < tl.load(words + 6), tl.load(numbers + 2), tl.load(numbers + 3))
-        inner = tl.where(offsets < tl.load(words + 7), tl.load(numbers + 4), tl.load(numbers + 5))
-        x = tl.where(tl.abs(x) <= outer, 0.0, x)
-        x = tl.where(tl.abs(x) > inner, 0.0, x)
+        x = tl.where(tl.abs(x) <= _limit(words + _OUTER, offsets), 0.0, x)
+        x = tl.where(tl.abs(x) > _limit(words + _INNER, offsets), 0.0, x)
     if KIND == _HASHED:
         x = x * (_hash(words, offsets).to(tl.int64) < tl.load(words + 5)).to(tl.float32)
     if KIND >= _RANKED:
@@ -87,7 +103,7 @@ def _kept(x, words, numbers, offsets, n, KIND: tl.constexpr, FULL: tl.constexpr)
             rank = _load(tl.load(words + 1), offsets, n, tl.int32, FULL)
         else:
             rank = _load(tl.load(words + 1), offsets, n, tl.int16, FULL)
-        limit = tl.load(tl.load(words + 2).to(tl.pointer_type(tl.int32)) + rank)
+        limit = tl.load(tl.load(words + 2).to(tl.pointer_type(tl.uint32)) + rank)
         x = x * (_hash(words, offsets) < limit).to(tl.float32)
     return x
 
@@ -101,7 +117,7 @@ def _term(
     words += _W + k * _TW
     numbers += _N + k * _TN
     x = _delta(words, base, offsets, n, RAWS[k], DTYPE, FULL)
-    return _kept(x, words, numbers, offsets, n, KINDS[k], FULL) * tl.load(numbers)
+    return _kept(x, words, offsets, n, KINDS[k], FULL) * tl.load(numbers)
 
 
 @triton.jit
@@ -191,11 +207,9 @@ def merge(
     MODE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Merge one block; set the tensor's flag where a result is not finite."""
-    tensor = tl.load(tensor_of + tl.program_id(0))
-    first = (tl.program_id(0) - tl.load(first_of + tensor)).to(tl.int64) * BLOCK
-    words += tensor * (_W + TERMS * _TW)
+    tensor, words, first, n = _block(tensor_of, first_of, words, TERMS, BLOCK)
     numbers += tensor * (_N + TERMS * _TN)
-    offsets, n = first + tl.arange(0, BLOCK), tl.load(words + 2)
+    offsets = first + tl.arange(0, BLOCK)
     if first + BLOCK <= n:
         _merge(words, numbers, flags + tensor, offsets, n, TERMS, KINDS, RAWS, MODE, DTYPE, True)
     else:
@@ -203,50 +217,130 @@ def merge(
 
 
 @triton.jit
-def _norms(
-    words, numbers, sums, offsets, n,
-    TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr,
+def _equal(words, cut, base, offsets, n, RAW: tl.constexpr, DTYPE: tl.constexpr):
+    """Which entries are equal to the threshold of a cut; the pointers are to its term's words and its own."""
+    x = tl.abs(_delta(words, base, offsets, n, RAW, DTYPE, False)).to(tl.int32, bitcast=True)
+    word = tl.maximum(tl.load(cut + 1), tl.load(cut + 2)).to(tl.int32)
+    return ((x == word) & (offsets < n)).to(tl.int32)
+
+
+@triton.jit
+def ties(
+    tensor_of, first_of, words, counts,
+    TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    base = _load(tl.load(words), offsets, n, DTYPE, FULL).to(tl.float32)
+    """`counts` (blocks, TERMS, 2): entries in one block that equal the thresholds of a term's two cuts."""
+    _, words, first, n = _block(tensor_of, first_of, words, TERMS, BLOCK)
+    offsets = first + tl.arange(0, BLOCK)
+    counts += tl.program_id(0).to(tl.int64) * (2 * TERMS)
+    base = _load(tl.load(words), offsets, n, DTYPE, False).to(tl.float32)
     for k in tl.static_range(TERMS):
-        term, limits = words + _W + k * _TW, numbers + _N + k * _TN
-        x = _delta(term, base, offsets, n, RAWS[k], DTYPE, FULL)
-        tl.store(sums + 2 * k, tl.sum(tl.abs(x).to(tl.float64), 0))
-        x = _kept(x, term, limits, offsets, n, KINDS[k], FULL)
-        tl.store(sums + 2 * k + 1, tl.sum(tl.abs(x).to(tl.float64), 0))
+        if KINDS[k] == _CUT:
+            term = words + _W + k * _TW
+            equal = _equal(term, term + _OUTER, base, offsets, n, RAWS[k], DTYPE)
+            tl.store(counts + 2 * k, tl.sum(equal, 0))
+            equal = _equal(term, term + _INNER, base, offsets, n, RAWS[k], DTYPE)
+            tl.store(counts + 2 * k + 1, tl.sum(equal, 0))
+
+
+@triton.jit
+def _place(
+    words, term, cut, first, stop, counts,
+    TERMS: tl.constexpr, RAW: tl.constexpr, DTYPE: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the place of one cut over the number of equal entries before it, where that is not 0."""
+    left = tl.load(cut)
+    if left > 0:
+        seen, passed, block = left * 0, left * 0, left * 0
+        for low in range(first, stop, STEP):
+            blocks = low + tl.arange(0, STEP)
+            some = tl.load(counts + blocks.to(tl.int64) * (2 * TERMS), mask=blocks < stop, other=0)
+            some = some.to(tl.int64)
+            # in these blocks is not the last of the equal entries before the place
+            whole = ((seen + tl.cumsum(some, 0) < left) & (blocks < stop)).to(tl.int64)
+            block += tl.sum(whole, 0)
+            passed += tl.sum(whole * some, 0)
+            seen += tl.sum(some, 0)
+        offsets, n = block * BLOCK + tl.arange(0, BLOCK), tl.load(words + 2)
+        base = _load(tl.load(words), offsets, n, DTYPE, False).to(tl.float32)
+        reach = tl.cumsum(_equal(term, cut, base, offsets, n, RAW, DTYPE), 0)
+        tl.store(cut, block * BLOCK + tl.sum((reach < left - passed).to(tl.int64), 0) + 1)
+
+
+@triton.jit
+def places(
+    first_of, words, counts, TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr,
+    DTYPE: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The places of the cuts of one tensor, from the counts of `ties`; one program for each kind of cut."""
+    tensor, inner = tl.program_id(0), tl.program_id(1)
+    first, stop = tl.load(first_of + tensor), tl.load(first_of + tensor + 1)
+    counts += inner
+    words += tensor * (_W + TERMS * _TW)
+    for k in tl.static_range(TERMS):
+        if KINDS[k] == _CUT:
+            term = words + _W + k * _TW
+            cut = term + _OUTER + inner * (_INNER - _OUTER)
+            _place(words, term, cut, first, stop, counts + 2 * k, TERMS, RAWS[k], DTYPE, STEP, BLOCK)
+
+
+@triton.jit
+def _size(x, HALVINGS: tl.constexpr):
+    """Sum of the magnitudes of 2**HALVINGS entries in float64, added as `evomerge.merge.norms` says."""
+    x = tl.abs(x).to(tl.float64)
+    for _ in tl.static_range(HALVINGS):
+        x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
+    return tl.sum(x, 0)
 
 
 @triton.jit
 def norms(
-    tensor_of, first_of, words, numbers, sums, TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    tensor_of, first_of, words, sums, TERMS: tl.constexpr, KINDS: tl.constexpr, RAWS: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """`sums` (blocks, TERMS, 2): of a term's magnitudes in one block, and of what is kept of them."""
-    tensor = tl.load(tensor_of + tl.program_id(0))
-    first = (tl.program_id(0) - tl.load(first_of + tensor)).to(tl.int64) * BLOCK
-    words += tensor * (_W + TERMS * _TW)
-    numbers += tensor * (_N + TERMS * _TN)
+    _, words, first, n = _block(tensor_of, first_of, words, TERMS, BLOCK)
+    offsets = first + tl.arange(0, BLOCK)
     sums += tl.program_id(0).to(tl.int64) * (2 * TERMS)
-    offsets, n = first + tl.arange(0, BLOCK), tl.load(words + 2)
-    if first + BLOCK <= n:
-        _norms(words, numbers, sums, offsets, n, TERMS, KINDS, RAWS, DTYPE, True)
-    else:
-        _norms(words, numbers, sums, offsets, n, TERMS, KINDS, RAWS, DTYPE, False)
+    base = _load(tl.load(words), offsets, n, DTYPE, False).to(tl.float32)
+    for k in tl.static_range(TERMS):
+        term = words + _W + k * _TW
+        x = _delta(term, base, offsets, n, RAWS[k], DTYPE, False)
+        tl.store(sums + 2 * k, _size(x, HALVINGS))
+        x = _kept(x, term, offsets, n, KINDS[k], False)
+        tl.store(sums + 2 * k + 1, _size(x, HALVINGS))
+
+
+@triton.jit
+def _plus(high, low, x, y):
+    """(high + low) + (x + y) as a float64 and what it is short of; together they lose less than 2**-100."""
+    total = high + x
+    part = total - high
+    rest = (high - (total - part)) + (x - part) + (low + y)
+    rounded = total + rest
+    return rounded, rest - (rounded - total)
+
+
+@triton.jit
+def _total(sums, first, stop, TERMS: tl.constexpr, STEP: tl.constexpr):
+    """Sum over the blocks of a tensor, rounded once: as `math.fsum`, whatever the order."""
+    high, low = tl.zeros((STEP,), tl.float64), tl.zeros((STEP,), tl.float64)
+    for begin in range(first, stop, STEP):
+        blocks = begin + tl.arange(0, STEP)
+        some = tl.load(sums + blocks.to(tl.int64) * (2 * TERMS), mask=blocks < stop, other=0.0)
+        high, low = _plus(high, low, some, tl.zeros((STEP,), tl.float64))
+    high, low = tl.reduce((high, low), 0, _plus)
+    return high + low
 
 
 @triton.jit
 def rescale(first_of, sums, weights, numbers, smallest, TERMS: tl.constexpr, STEP: tl.constexpr):
-    """factor = weight * before / after for one term of one tensor; the sums are added in a fixed order."""
+    """factor = weight * (before / after) for one term of one tensor."""
     tensor, k = tl.program_id(0), tl.program_id(1)
-    before, after = tl.zeros((STEP,), tl.float64), tl.zeros((STEP,), tl.float64)
-    stop = tl.load(first_of + tensor + 1)
-    for low in range(tl.load(first_of + tensor), stop, STEP):
-        blocks = low + tl.arange(0, STEP)
-        places = sums + blocks.to(tl.int64) * (2 * TERMS) + 2 * k
-        before += tl.load(places, mask=blocks < stop, other=0.0)
-        after += tl.load(places + 1, mask=blocks < stop, other=0.0)
-    norm, left, least = tl.sum(before, 0), tl.sum(after, 0), tl.load(smallest)
-    weight = tl.load(weights + tensor * TERMS + k)
+    first, stop = tl.load(first_of + tensor), tl.load(first_of + tensor + 1)
+    norm = _total(sums + 2 * k, first, stop, TERMS, STEP)
+    left = _total(sums + 2 * k + 1, first, stop, TERMS, STEP)
+    least, weight = tl.load(smallest), tl.load(weights + tensor * TERMS + k)
     by = tl.where(left >= least, left, 1.0)
     factor = tl.where((norm >= least) & (left >= least), weight * (norm / by), weight)
     tl.store(numbers + tensor * (_N + TERMS * _TN) + _N + k * _TN, factor.to(tl.float32))

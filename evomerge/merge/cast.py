@@ -43,6 +43,10 @@ class Float32Sources:
         """The float32 task vector."""
         return self.sources.delta(model, name)
 
+    def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
+        """The float32 task vector, flat: the base is float32."""
+        return self.sources.held(model, name, base)
+
     def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
         """The float32 task vector by slices."""
         return self.sources.streamed_delta(model, name, base)

@@ -1,11 +1,11 @@
-"""numba, if it is there, and sharing work out over the cores.
+"""numba, if it is there, how its loops find entries, and sharing work out over the cores.
 
-Imports: numpy, torch; numba when `available` is asked.
+Imports: numpy, torch, `evomerge.sources`; numba when `available` is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
@@ -13,10 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from evomerge.sources.streamed import RawDelta, TaskVector
+
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
 
 SHARED = 1 << 17  # entries from which work is shared out
+BLOCK = 2048  # entries that a compiled loop takes through all of its steps at once
+NO_BASE = np.zeros(0, np.uint16)  # in place of the base, where task vectors are float32
 
 
 @cache
@@ -29,28 +33,42 @@ def available() -> bool:
     return True
 
 
-def members(bits: Array, mask: int, wanted: int) -> Array:
-    """Positions, ascending, of the entries with `bits & mask == wanted`; `bits` `(n,)` int32 or int64.
+def readable(delta: TaskVector) -> bool:
+    """Whether compiled loops can read this task vector."""
+    if isinstance(delta, torch.Tensor):
+        found = delta.dtype == torch.float32 and delta.is_contiguous()
+    else:
+        found = isinstance(delta, RawDelta) and delta.source.dtype == torch.bfloat16
+    return found and delta.device.type == "cpu" and available()
 
-    Call it only where numba is `available`.
-    """
-    from evomerge.merge import _loops
 
-    kind = bits.dtype.type
+def located(deltas: Sequence[TaskVector | None]) -> tuple[Array, Array]:
+    """Where the entries of each begin, 0 for None, and whether they are a source's; the caller keeps them."""
+    raws = [isinstance(delta, RawDelta) for delta in deltas]
+    tensors = [delta.source if isinstance(delta, RawDelta) else delta for delta in deltas]
+    addresses = [tensor.data_ptr() if isinstance(tensor, torch.Tensor) else 0 for tensor in tensors]
+    return np.array(addresses, np.uint64), np.array(raws, np.bool_)
 
-    def part(low: int, high: int) -> Array:
-        found: Array = _loops.members(bits, kind(mask), kind(wanted), low, high)
-        return found
 
-    return np.concatenate(shared_out(part, len(bits)))
+def base_of(delta: TaskVector) -> Array:
+    """The base's entries that a loop subtracts from those of `delta`, none for float32."""
+    return words(delta.base) if isinstance(delta, RawDelta) else NO_BASE
+
+
+def words(tensor: torch.Tensor) -> Array:
+    """The tensor's memory as numpy sees it: bfloat16 as uint16."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    result: Array = tensor.numpy()
+    return result
 
 
 def shared_out(part: Callable[[int, int], T], n: int) -> list[T]:
-    """`part(low, high)` over [0, n) in as many ranges as torch has threads, in order."""
+    """`part(low, high)` over [0, n) in as many ranges of whole blocks as torch has threads, in order."""
     count = torch.get_num_threads() if n >= SHARED else 1
     if count == 1:
         return [part(0, n)]
-    step = -(-n // count // 64) * 64
+    step = -(-n // count // BLOCK) * BLOCK
     ranges = [(low, min(low + step, n)) for low in range(0, n, step)]
     return list(_pool(count).map(lambda both: part(*both), ranges))
 

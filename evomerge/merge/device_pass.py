@@ -2,12 +2,12 @@
 
 A window is a run of tensors whose results take `WINDOW` bytes. While it is merged, the sources of the next
 are sent and its tables are written; nothing waits for the device except, once per window, for the flags that
-tell which results are not finite. Thresholds and norms never leave the device.
+tell which results are not finite. Thresholds are looked up in what `MagnitudeIndex` remembers; those that are
+not there stay on the device, as do the places of cuts and the norms.
 
-Results are those of the CPU, bit by bit, with one exception: where `rescale` is on, the norms are summed in
-another order in float64, so that a factor may round to the neighbouring float32. Random masks are computed
-inside the kernel and are those of `evomerge.merge.mask`. Other methods, dtypes other than bfloat16, float16
-and float32, and machines without Triton are left to torch.
+Results are those of the CPU, bit by bit. Random masks are computed inside the kernel and are those of
+`evomerge.merge.mask`. Other methods, dtypes other than bfloat16, float16 and float32, and machines without
+Triton are left to torch.
 
 Has not run on a GPU yet: checked in Triton's interpreter (`TRITON_INTERPRET=1`, then on a CPU too).
 
@@ -18,19 +18,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
+from evomerge.merge.compiled import BLOCK
 from evomerge.merge.device_sources import Cache, DeviceSources
 from evomerge.merge.device_tables import DTYPES, FAMILY, Formula, Job, Tables
 from evomerge.merge.plan import TensorOp
 
 WINDOW = 512 << 20  # bytes of results; two windows and what of their sources is not kept are held at once
 MAPS = 4096  # maps from programs to tensors that are remembered
-STEP = 1024  # partial sums added at once
+STEP = 1024  # counts or sums of blocks looked at together
+EXACT = {"enable_fp_fusion": False}  # no product is contracted with a sum
 
 Merge = Callable[[TensorOp], torch.Tensor]
 Failure = Callable[[TensorOp, torch.dtype], Exception]
@@ -126,7 +128,8 @@ class DevicePass:
         base = self.sources.base(op.tensor)
         if base.dtype not in DTYPES or not base.numel():
             return None
-        return Job.of(op, base, [self.sources.part(model, op.tensor) for model in op.setting.models])
+        read, flat = self.sources.delta, base.reshape(-1)
+        return Job.of(op, base, [read(model, op.tensor, flat) for model in op.setting.models])
 
     def _launched(self, ops: list[TensorOp], jobs: dict[int, Job]) -> Window:
         self.sources.arrive()
@@ -148,27 +151,50 @@ class DevicePass:
         """Start the kernels of some tables; their flags, not there yet."""
         from evomerge.merge import _triton
 
-        how, work = tables.formula, self._map(tables)
-        grid, count = (len(work.tensor_of),), len(how.kinds)
-        exact = {"enable_fp_fusion": False}  # no product is contracted with a sum
-        shape = {"TERMS": count, "KINDS": how.kinds, "RAWS": how.raws, "BLOCK": how.block, **exact}
+        how = tables.formula
+        shape = {"TERMS": len(how.kinds), "KINDS": how.kinds, "RAWS": how.raws, **EXACT}
         shape["DTYPE"] = _triton.DTYPES[how.dtype]
+        if tables.tied:
+            self._find_places(tables, shape)
         if tables.weights is not None:
-            sums = torch.empty((*grid, count, 2), dtype=torch.float64, device=self._device)
-            _triton.norms[grid](*work, tables.words, tables.numbers, sums, **shape)
-            weights, smallest = tables.weights
-            _triton.rescale[(len(tables.jobs), count)](
-                work.first_of, sums, weights, tables.numbers, smallest, TERMS=count, STEP=STEP, **exact
-            )
+            self._rescale(tables, *tables.weights, shape)
+        work = self._map(tables, how.block)
         flags = torch.zeros(len(tables.jobs), dtype=torch.int32, device=self._device)
-        _triton.merge[grid](*work, tables.words, tables.numbers, flags, MODE=how.mode, **shape)
+        _triton.merge[(len(work.tensor_of),)](
+            *work, tables.words, tables.numbers, flags, MODE=how.mode, BLOCK=how.block, **shape
+        )
         if self._device.type == "cpu":
             return flags
         return torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True).copy_(flags, non_blocking=True)
 
-    def _map(self, tables: Tables) -> Map:
+    def _find_places(self, tables: Tables, shape: Mapping[str, Any]) -> None:
+        from evomerge.merge import _triton
+
+        work, counts = self._by_block(tables, torch.int32)
+        _triton.ties[counts.shape[:1]](*work, tables.words, counts, BLOCK=BLOCK, **shape)
+        cuts = (len(tables.jobs), 2)
+        _triton.places[cuts](work.first_of, tables.words, counts, STEP=STEP, BLOCK=BLOCK, **shape)
+
+    def _rescale(
+        self, tables: Tables, weights: torch.Tensor, smallest: torch.Tensor, shape: Mapping[str, Any]
+    ) -> None:
+        from evomerge.merge import _triton
+
+        work, sums = self._by_block(tables, torch.float64)
+        halvings, count = BLOCK.bit_length() - 1, sums.shape[1]
+        _triton.norms[sums.shape[:1]](*work, tables.words, sums, BLOCK=BLOCK, HALVINGS=halvings, **shape)
+        _triton.rescale[(len(tables.jobs), count)](
+            work.first_of, sums, weights, tables.numbers, smallest, TERMS=count, STEP=STEP, **EXACT
+        )
+
+    def _by_block(self, tables: Tables, dtype: torch.dtype) -> tuple[Map, torch.Tensor]:
+        """The map for programs of `BLOCK` entries, and room for two numbers of each of their terms."""
+        work = self._map(tables, BLOCK)
+        count = len(tables.formula.kinds)
+        return work, torch.empty((len(work.tensor_of), count, 2), dtype=dtype, device=self._device)
+
+    def _map(self, tables: Tables, block: int) -> Map:
         """Made once for tensors of these sizes."""
-        block = tables.formula.block
         sizes = (block, *(job.base.numel() for job in tables.jobs))
         if sizes not in self._maps:
             if len(self._maps) >= MAPS:

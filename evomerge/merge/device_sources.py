@@ -1,8 +1,8 @@
 """Source tensors on an accelerator: as stored where that is enough, in pinned host memory what does not fit.
 
-A full checkpoint's tensor in the base's dtype is kept as it is, half the bytes of its float32 task vector in
-bfloat16; who needs the task vector subtracts. Copies to the device run on a stream of their own, so that the
-next tensors arrive while those before are merged.
+A full checkpoint's tensor in the base's 16-bit dtype is kept as it is (`SourceSet.held`), half the bytes of
+its float32 task vector. Copies to the device run on a stream of their own, so that the next tensors arrive
+while those before are merged.
 
 Has not run on a GPU yet: checked in Triton's interpreter, where there is one stream and no pinned memory.
 
@@ -12,9 +12,11 @@ Imports: torch, `evomerge.sources`.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+from evomerge.sources.streamed import TaskVector, from_held
 
 T = TypeVar("T")
 
@@ -29,34 +31,13 @@ class Cache(Protocol):
         ...
 
 
-class Part(NamedTuple):
-    """One model's part in a tensor.
-
-    Attributes:
-        tensor: flat; the model's own tensor in the base's dtype, or the float32 task vector.
-        raw: which of the two.
-    """
-
-    tensor: torch.Tensor
-    raw: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Memory in bytes."""
-        return self.tensor.nbytes
-
-    def delta(self, base: torch.Tensor) -> torch.Tensor:
-        """The float32 task vector; `base` is the flat base tensor."""
-        return self.tensor.float() - base.float() if self.raw else self.tensor
-
-
 class DeviceSources:
-    """Bases and parts of models on a device.
+    """Bases and task vectors on a device.
 
-    What `base` and `part` return may still be under way: call `arrive` before the device reads it.
+    What `base` and `delta` return may still be under way: call `arrive` before the device reads it.
 
     Args:
-        sources: `TensorSources`; where they have `own_tensor`, tensors are kept as stored.
+        sources: `TensorSources`.
         device: where tensors go.
         cache: what stays there from one candidate to the next.
         host: what stays in pinned memory of those that find no room in `cache`.
@@ -64,9 +45,6 @@ class DeviceSources:
 
     def __init__(self, sources: Any, device: torch.device, cache: Cache, host: Cache) -> None:
         self._sources, self._device, self._cache, self._host = sources, device, cache, host
-        self._own: Callable[[str, str], torch.Tensor | None] = getattr(
-            sources, "own_tensor", lambda model, name: None
-        )
         self._copies: Any = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def base(self, name: str) -> torch.Tensor:
@@ -74,15 +52,16 @@ class DeviceSources:
         key = (name, "base")
         return self._cache.get(key, lambda: self._sent(self._host.get(key, lambda: self._read_base(name))))
 
-    def part(self, model: str, name: str) -> Part | None:
-        """One model's part; None where it does not change the tensor."""
-        key = (name, "part", model)
+    def delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
+        """One model's task vector from the flat `base` on the device; None where it does not change it."""
+        key = (name, "held", model)
 
-        def send() -> Part | None:
-            part = self._host.get(key, lambda: self._read_part(model, name))
-            return None if part is None else part._replace(tensor=self._sent(part.tensor))
+        def send() -> torch.Tensor | None:
+            held = self._host.get(key, lambda: self._read_held(model, name))
+            return None if held is None else self._sent(held)
 
-        return None if model == self._sources.base_name else self._cache.get(key, send)
+        held = None if model == self._sources.base_name else self._cache.get(key, send)
+        return None if held is None else from_held(held, base)
 
     def arrive(self) -> None:
         """Let what the device does from now on wait for the copies asked for until now."""
@@ -92,12 +71,9 @@ class DeviceSources:
     def _read_base(self, name: str) -> torch.Tensor:
         return self._pinned(self._sources.base_tensor(name))
 
-    def _read_part(self, model: str, name: str) -> Part | None:
-        own = self._own(model, name)
-        if own is not None:
-            return Part(self._pinned(own.reshape(-1)), True)
-        delta = self._sources.delta(model, name)
-        return None if delta is None else Part(self._pinned(delta.float().reshape(-1)), False)
+    def _read_held(self, model: str, name: str) -> torch.Tensor | None:
+        held = self._sources.held(model, name, self._sources.base_tensor(name).reshape(-1))
+        return None if held is None else self._pinned(held)
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         """Page-locked where it is to be copied: only such memory is copied while the device computes."""

@@ -1,7 +1,7 @@
 """What the kernels of `evomerge.merge._triton` are told: a formula for a launch, rows of numbers per tensor.
 
-The numbers are those that `evomerge.merge.methods` settle, in the same order and rounding; the ones that
-depend on whole tensors (thresholds, norms) stay on the device.
+The numbers are those that `evomerge.merge.methods` settle, in the same order and rounding. What depends on
+whole tensors and is not remembered (the places of cuts, norms) stays on the device.
 
 Has not run on a GPU yet: checked in Triton's interpreter.
 
@@ -16,17 +16,21 @@ from typing import NamedTuple
 
 import torch
 
-from evomerge.merge.device_sources import Cache, Part
-from evomerge.merge.magnitude import Chosen, MagnitudeIndex
-from evomerge.merge.mask import hash_words, limits_of
+from evomerge.merge.device_sources import Cache
+from evomerge.merge.magnitude import Choice, MagnitudeIndex
+from evomerge.merge.mask import keys_of, threshold, thresholds
 from evomerge.merge.methods._gta import SMALLEST_NORM, divisor_of
 from evomerge.merge.methods.della import keep_probabilities, row_length, row_ranks
 from evomerge.merge.methods.linear import SMALLEST_SUM
 from evomerge.merge.plan import TensorOp
+from evomerge.sources.streamed import RawDelta, TaskVector
 
-# columns of the tables, of a tensor and of each of its terms
-WORDS, TERM_WORDS = 3, 8  # base, result, n; source, ranks, limits by rank, 2 keys, limit, 2 places
-NUMBERS, TERM_NUMBERS = 3, 6  # divisor, scale, least weight; factor, weight, 2 outer and 2 inner limits
+# Columns of the tables, of a tensor and of each of its terms.
+# base, result, n; source, ranks, limits by rank, 2 keys, limit; and of the outer and the inner cut its place
+# (before it is found: how many of the equal entries stand before it), and the bits of the limits around it
+WORDS, TERM_WORDS = 3, 12
+NUMBERS, TERM_NUMBERS = 3, 2  # divisor, scale, least weight; factor, weight
+CUTS = (6, 9)  # where these begin
 
 # what is kept of a term: everything, between two cuts, by hash, by hash and rank (int16 or int32)
 WHOLE, CUT, HASHED, RANKED, RANKED_WIDE = range(5)
@@ -48,7 +52,9 @@ FAMILY = {
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_TERMS = 16  # more are left to torch: the kernel would take long to compile and run out of registers
-INFINITE = float("inf")
+NEGATIVE, INFINITE = -0x40800000, 0x7F800000  # bits of limits in float32: -1 and infinity
+UNCUT = [0, NEGATIVE, NEGATIVE, 0, INFINITE, INFINITE]  # keeps everything
+NOTHING = [0, INFINITE, INFINITE, 0, INFINITE, INFINITE]  # keeps no entry
 
 
 class Formula(NamedTuple):
@@ -79,13 +85,18 @@ class Term(NamedTuple):
 
     Attributes:
         model: its place in the setting.
-        part: its tensor.
+        delta: its task vector.
         weight: before rescaling.
     """
 
     model: int
-    part: Part
+    delta: TaskVector
     weight: float
+
+    @property
+    def held(self) -> torch.Tensor:
+        """What the kernel reads."""
+        return self.delta.source if isinstance(self.delta, RawDelta) else self.delta[:]
 
 
 class Job(NamedTuple):
@@ -108,30 +119,34 @@ class Job(NamedTuple):
     divisor: float
 
     @classmethod
-    def of(cls, op: TensorOp, base: torch.Tensor, parts: Sequence[Part | None]) -> Job | None:
-        """The job of an operation, `parts` by its models; None where torch has to merge the tensor."""
+    def of(cls, op: TensorOp, base: torch.Tensor, deltas: Sequence[TaskVector | None]) -> Job | None:
+        """The job of an operation, `deltas` by its models; None where torch has to merge the tensor."""
         values, shared = list(op.setting.models.values()), op.setting.parameters
         weights = [one["weight"] for one in values]
         kind, consensus = FAMILY[op.setting.method]
         normalized = bool(shared["normalize"])
-        if all(part is None for part in parts) or len(parts) > MOST_TERMS:
+        if all(delta is None for delta in deltas) or len(deltas) > MOST_TERMS:
             return None
         if op.setting.method == "linear":
-            same = Part(base.reshape(-1), raw=True)
-            terms = [Term(k, part or same, weights[k]) for k, part in enumerate(parts)]
+            same = RawDelta(base.reshape(-1), base.reshape(-1))
+            terms = [Term(k, same if delta is None else delta, weights[k]) for k, delta in enumerate(deltas)]
             divisor = float(torch.tensor(weights).sum()) if normalized else 1.0
             mode = AVERAGE
             if abs(divisor) < SMALLEST_SUM:
                 return None
         else:
-            terms = [Term(k, part, weights[k]) for k, part in enumerate(parts) if part and weights[k]]
+            terms = [
+                Term(k, delta, weights[k])
+                for k, delta in enumerate(deltas)
+                if delta is not None and weights[k]
+            ]
             if not terms:
                 return None
             divisor = divisor_of([term.weight for term in terms], weights, normalized, consensus)
             elected = ELECT_NORMALIZED if normalized else ELECT
             mode = elected if consensus and len(terms) > 1 else SUM
         kinds = tuple(_kind(kind, values[term.model], tuple(base.shape)) for term in terms)
-        raws = tuple(term.part.raw for term in terms)
+        raws = tuple(isinstance(term.delta, RawDelta) for term in terms)
         how = Formula(mode, kinds, raws, base.dtype, any(kinds) and bool(shared.get("rescale")))
         return cls(op, how, base, torch.empty_like(base), terms, divisor)
 
@@ -158,13 +173,15 @@ class Tables:
         words, numbers: see `_triton`.
         weights: `(jobs, terms)` float64 and the smallest norm, `(1,)`, where factors are rescaled.
         kept: tensors that the kernels read and nobody else holds.
+        tied: whether the place of a cut is to be found.
     """
 
     def __init__(self, jobs: list[Job], device: torch.device, cache: Cache) -> None:
         self.jobs, self.formula = jobs, jobs[0].formula
         self.kept: list[torch.Tensor] = []
+        self.tied = False
         self._device, self._cache = device, cache
-        self._late: list[tuple[int, int, Chosen]] = []  # first word, first number, what to put there
+        self._late: list[tuple[int, Choice]] = []  # first word, what to put there
         words: list[int] = []
         numbers: list[float] = []
         for job in jobs:
@@ -172,9 +189,8 @@ class Tables:
             least = min(term.weight for term in job.terms)
             numbers += [job.divisor, float(job.op.setting.parameters.get("lambda", 1.0)), least]
             for term, kind in zip(job.terms, self.formula.kinds, strict=True):
-                row, limits = self._row(job, term, kind, len(words), len(numbers))
-                words += row
-                numbers += [term.weight, term.weight, *limits]
+                words += self._row(job, term, kind, len(words))
+                numbers += [term.weight, term.weight]
         self.words = self._sent(torch.tensor(words))
         self.numbers = self._sent(torch.tensor(numbers, dtype=torch.float64).float())
         self._fill_in()
@@ -184,52 +200,65 @@ class Tables:
             smallest = torch.tensor([SMALLEST_NORM], dtype=torch.float64)
             self.weights = self._sent(weights), self._sent(smallest)
 
-    def _row(self, job: Job, term: Term, kind: int, word: int, number: int) -> tuple[list[int], list[float]]:
-        """A term's words and limits; `word` and `number` are the places of its first ones."""
-        row, limits = [term.part.tensor.data_ptr()] + [0] * (TERM_WORDS - 1), [-1.0, -1.0, INFINITE, INFINITE]
+    def _row(self, job: Job, term: Term, kind: int, begin: int) -> list[int]:
+        """A term's words; `begin` is the place of the first one."""
+        row = [term.held.data_ptr(), 0, 0, 0, 0, 0, *UNCUT]
         model, values = list(job.op.setting.models.items())[term.model]
         if kind == CUT:
-            limits = self._cut(job, term, model, word, number) or limits
+            row[CUTS[0] :] = self._cut(job, term, model, begin)
         if kind in (HASHED, RANKED, RANKED_WIDE):
-            row[3:6] = hash_words(job.op.seeds[term.model], values["density"])
+            row[3:6] = *keys_of(job.op.seeds[term.model]), threshold(values["density"])
         if kind in (RANKED, RANKED_WIDE):
             shape = tuple(job.base.shape)
             ranks = self._cache.get(
-                (job.op.tensor, "once", ("row ranks", model)),
-                lambda: row_ranks(term.part.delta(job.base.reshape(-1)), shape),
+                (job.op.tensor, "once", ("row ranks", model)), lambda: row_ranks(term.delta[:], shape)
             )
             by_rank = self._sent(_limits(values["density"], values["epsilon"], row_length(shape)))
             self.kept += [ranks, by_rank]
             row[1:3] = ranks.data_ptr(), by_rank.data_ptr()
-        return row, limits
+        return row
 
-    def _cut(self, job: Job, term: Term, model: str, word: int, number: int) -> list[float] | None:
-        """Find the thresholds of one term, as `ties` and `breadcrumbs` do; limits where nothing is kept."""
+    def _cut(self, job: Job, term: Term, model: str, begin: int) -> list[int]:
+        """The thresholds of one term, as `ties` and `breadcrumbs` find them."""
         values, n = job.op.setting.models[model], job.base.numel()
         early, outliers = "gamma" not in values, 0
         kept = int(values["density"] * n)
         if early:
             kept = max(1, kept)
         elif kept == 0:
-            return [INFINITE] * 4
+            return NOTHING
         else:
             outliers = min(int(values["gamma"] * n), n - kept)
-        delta = term.part.delta(job.base.reshape(-1))
+        delta = term.delta
         index = self._cache.get((job.op.tensor, "once", ("magnitudes", model)), lambda: MagnitudeIndex(delta))
-        self._late.append((word + 6, number + 2, index.chosen(delta, outliers + kept, early=early)))
+        row = self._words(begin + CUTS[0], index.choice(delta, outliers + kept, early=early))
+        inner = UNCUT[3:]
         if outliers:
-            self._late.append((word + 7, number + 4, index.chosen(delta, outliers, early=early)))
-        return None
+            inner = self._words(begin + CUTS[1], index.choice(delta, outliers, early=early))
+        return row + inner
+
+    def _words(self, begin: int, found: Choice) -> list[int]:
+        """What a cut's three words are, or will be."""
+        if isinstance(found.word, torch.Tensor):
+            self._late.append((begin, found))
+            return [0, 0, 0]
+        assert isinstance(found.before, int)
+        limits = [max(found.word - 1, 0), found.word]
+        self.tied |= found.before > 0
+        return [found.before, *(limits if found.early else limits[::-1])]
 
     def _fill_in(self) -> None:
         """Put what was computed on the device into the tables, without looking at it."""
         if not self._late:
             return
-        words, numbers, found = zip(*self._late, strict=True)
-        self.words[self._sent(torch.tensor(words))] = torch.stack([one.place for one in found])
-        first = self._sent(torch.tensor(numbers))
-        self.numbers[first] = torch.stack([one.first for one in found])
-        self.numbers[first + 1] = torch.stack([one.second for one in found])
+        self.tied = True
+        begins, found = zip(*self._late, strict=True)
+        first = self._sent(torch.tensor(begins))
+        late = self._sent(torch.tensor([int(not one.early) for one in found]))
+        word = torch.stack([one.word for one in found])
+        self.words[first] = torch.stack([one.before for one in found])
+        self.words[first + 2 - late] = word
+        self.words[first + 1 + late] = (word - 1).clamp_(min=0)
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -239,5 +268,5 @@ class Tables:
 
 @lru_cache(maxsize=64)
 def _limits(density: float, epsilon: float, m: int) -> torch.Tensor:
-    """`(m,)` int32: what the hash of an entry must be below, by rank."""
-    return limits_of(keep_probabilities(density, epsilon, m))
+    """`(m,)` uint32: what the hash of an entry must be below, by rank."""
+    return thresholds(keep_probabilities(density, epsilon, m)).to(torch.uint32)

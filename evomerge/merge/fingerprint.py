@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 65_536  # elements read per tensor: all of a small one, evenly strided in a large one
 _PRIME = 8191
+CHUNK, DEVICE_CHUNK = 1 << 16, 1 << 26  # elements widened at a time by `bit_sum`: on a CPU within its cache
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -36,3 +37,23 @@ def combine(checksums: Mapping[str, int]) -> str:
     """One hexadecimal fingerprint of many tensors, independent of their order."""
     text = "\n".join(f"{name} {value}" for name, value in sorted(checksums.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def bit_sum(tensor: torch.Tensor) -> int:
+    """Sum of the float32 bit patterns of all elements, modulo 2**64.
+
+    It does not depend on the order of the elements, and zeros count nothing: tensors that an engine fuses,
+    slices or pads have together the sum of their parts.
+    """
+    import torch
+
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    flat = tensor.detach().reshape(-1)
+    step = CHUNK if flat.device.type == "cpu" else DEVICE_CHUNK
+    for low in range(0, flat.numel(), step):
+        part = flat[low : low + step]
+        if part.dtype == torch.bfloat16:  # the upper half of a float32: nothing has to be converted
+            total += part.contiguous().view(torch.int16).sum(dtype=torch.int64) << 16
+        else:
+            total += part.to(torch.float32).contiguous().view(torch.int32).sum(dtype=torch.int64)
+    return int(total)

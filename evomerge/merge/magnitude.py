@@ -2,11 +2,13 @@
 
 `MagnitudeIndex` counts once how many magnitudes share their leading bits (sign dropped, exponent and the
 first mantissa bits: classes less than 1 % wide in float32). The k-th largest magnitude then lies in a known
-class, so a query collects the few entries of that class in one pass and selects among them.
+class. Differences of bfloat16 numbers have few distinct magnitudes, and these are counted once too; where
+there are many, a query counts those of one class in a pass. Another pass finds the place of the last one that
+is kept, where some of those equal to the threshold are not.
 
 Exactly k entries are kept; among equal magnitudes those that come first in flat order, or last if asked.
 
-Imports: numpy, torch, `evomerge.merge.compiled`, `evomerge.sources`.
+Imports: numpy, torch, `evomerge.merge.scans`, `evomerge.sources`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from evomerge.merge.compiled import available, members
+from evomerge.merge import scans
+from evomerge.merge.compiled import Array
 from evomerge.sources.streamed import TaskVector
-
-BLOCK = 1 << 16  # entries looked at in one step of a query; they stay in the processor's cache
-COUNTED = 1 << 20  # entries counted in one step; each step costs one addition per class
-CLASS_BITS = 15  # leading bits that name a class: of float32 the exponent and 7 mantissa bits
 
 
 @dataclass(frozen=True)
@@ -73,21 +72,25 @@ class Band:
             out.sub_(above)  # d - d and d - 0 are exact
 
 
+WORTH = 8  # entries of a class for which the count of one magnitude is remembered
+_NONE = np.zeros(0, np.uint32)
 NOTHING = Cut(math.inf, -1, math.inf)  # keeps no entry
 
 
-class Chosen(NamedTuple):
-    """A `Cut` as numbers on a device: what is larger in magnitude than a limit is kept.
+class Choice(NamedTuple):
+    """A `Cut` before the place is looked for where its choice among equal magnitudes changes.
 
     Attributes:
-        first: the limit of the entries before `place`.
-        second: the limit of those from `place` on.
-        place: flat index, int64.
+        word: of the threshold, see `scans`.
+        before: how many of those equal to the threshold stand before that place.
+        early: whether these are kept; false: the others.
+
+    Numbers, or `()` int64 tensors on a device that may not have computed them yet.
     """
 
-    first: torch.Tensor
-    second: torch.Tensor
-    place: torch.Tensor
+    word: int | torch.Tensor
+    before: int | torch.Tensor
+    early: bool
 
 
 class MagnitudeIndex:
@@ -99,66 +102,58 @@ class MagnitudeIndex:
 
     def __init__(self, delta: TaskVector) -> None:
         self.n = delta.numel()
-        integers, shift = _FORMATS[delta.dtype]
-        counts = torch.zeros(1 << CLASS_BITS, dtype=torch.int64, device=delta.device)
-        found = torch.zeros((), dtype=torch.int64, device=delta.device)  # not fetched block by block
-        for begin in range(0, self.n, COUNTED):
-            block = delta[begin : begin + COUNTED]
-            classes = block.view(integers).bitwise_right_shift(shift).bitwise_and_((1 << CLASS_BITS) - 1)
-            counts += torch.bincount(classes, minlength=1 << CLASS_BITS)
-            found += block.count_nonzero()
-        used = counts.nonzero().flatten()
-        self._lowest, highest = int(used[0]), int(used[-1])
+        counts, widths, self._zeros = scans.classes(delta)
+        used = np.flatnonzero(counts)
+        self._lowest, self._highest = int(used[0]), int(used[-1])
         # entries in each used class and in all above it, from the highest class to the lowest
-        self._reach = counts[self._lowest : highest + 1].flip(0).cumsum(0).cpu()
-        self._zeros = self.n - int(found)
+        self._reach = counts[self._lowest : self._highest + 1][::-1].cumsum()
+        widths = np.where(widths <= np.maximum(counts // WORTH, 1), widths, 0) * (counts > 0)
+        # the counts of distinct magnitudes, and where those of a used class end
+        self._counts = scans.distinct(delta, widths).astype(np.uint32) if widths.any() else _NONE
+        self._ends = widths[self._lowest : self._highest + 1].cumsum().astype(np.int32)
 
     @property
     def nbytes(self) -> int:
         """Memory in bytes."""
-        return self._reach.nbytes
+        return sum(a.nbytes for a in (self._reach, self._counts, self._ends))
 
     def largest(self, delta: TaskVector, k: int, *, early: bool = True) -> Cut:
         """The cut that keeps exactly `k` entries, 1 <= k <= n, of the same `delta` as given before.
 
-        Among equal magnitudes it keeps the first in flat order, or the last where `early` is false.
+        Among equal magnitudes it keeps the first in flat order, or the last where `early` is false. Zeros
+        are the exception: where `k` asks for some of them the cut keeps all, which changes nothing.
         """
         if k > self.n - self._zeros:
-            wanted = k - (self.n - self._zeros)
-            count = wanted if early else self._zeros - wanted
-            return _cut(delta, 0.0, _nth_zero(delta, count) if count else -1, early)
-        at = int(torch.searchsorted(self._reach, k))
-        above = int(self._reach[at - 1]) if at else 0
-        missing = k - above
-        positions, values = _members(delta, self._lowest + len(self._reach) - 1 - at)
-        # the missing-th largest of the class
-        value = values.kthvalue(values.numel() + 1 - missing).values
-        equal = positions[values == value]
-        wanted = missing - int((values > value).sum())
-        return _cut(delta, float(value), int(equal[wanted - 1] if early else equal[-wanted] - 1), early)
+            return Cut(0.0, self.n - 1 if early else -1, 0.0, early)
+        number, _, rest = self._class_of(k)
+        word, equal, wanted = _select(*(self._known(delta, number) or scans.within(delta, number)), rest)
+        before = wanted if early else equal - wanted
+        last = -1 if before == 0 else self.n - 1 if before == equal else scans.place(delta, word, before)
+        return Cut(scans.magnitude(delta, word), last, scans.magnitude(delta, word - 1), early)
 
-    def chosen(self, delta: TaskVector, k: int, *, early: bool = True) -> Chosen:
-        """The numbers of `largest`, computed on the task vector's device without waiting for it."""
-        whole = delta[:]
-        if k > self.n - self._zeros:  # it makes no difference which zeros are kept
-            zero = whole.new_zeros(())
-            return Chosen(zero, zero, zero.new_zeros((), dtype=torch.int64))
-        at = int(torch.searchsorted(self._reach, k))
+    def choice(self, delta: TaskVector, k: int, *, early: bool = True) -> Choice:
+        """What `largest` chooses, without waiting for the task vector's device."""
+        if k > self.n - self._zeros:
+            return Choice(0, 0, early)
+        number, size, rest = self._class_of(k)
+        known = self._known(delta, number)
+        word, equal, wanted = _select(*known, rest) if known else scans.select(delta, number, size, rest)
+        return Choice(word, wanted if early else equal - wanted, early)
+
+    def _class_of(self, k: int) -> tuple[int, int, int]:
+        """Of the k-th largest entry: its class, how many are in it, which of these it is."""
+        at = int(np.searchsorted(self._reach, k))
         above = int(self._reach[at - 1]) if at else 0
-        missing, count = k - above, int(self._reach[at]) - above
-        integers, shift = _FORMATS[delta.dtype]
-        number = self._lowest + len(self._reach) - 1 - at
-        member = (whole.view(integers) & ((1 << CLASS_BITS) - 1 << shift)) == number << shift
-        positions = torch.nonzero_static(member, size=count).flatten()
-        values = whole[positions].abs_()
-        value = values.kthvalue(count + 1 - missing).values
-        equal = (values == value).cumsum(0)
-        wanted = missing - (values > value).sum()
-        # the flat index of the wanted-th equal entry from the front, or the one before that from the back
-        nth = wanted if early else equal[-1] + 1 - wanted
-        place = positions[torch.searchsorted(equal, nth.reshape(1))].reshape(()) + (1 if early else 0)
-        below = torch.nextafter(value, torch.zeros_like(value))
-        return Chosen(below, value, place) if early else Chosen(value, below, place)
+        return self._highest - at, int(self._reach[at]) - above, k - above
+
+    def _known(self, delta: TaskVector, number: int) -> tuple[Array, Array] | None:
+        """Words in one class, the largest first, and how many entries have each; None if not remembered."""
+        at = number - self._lowest
+        begin, end = int(self._ends[at - 1]) if at else 0, int(self._ends[at])
+        if begin == end:
+            return None
+        first, step = scans.first_word(delta, number), scans.class_size(delta) // (end - begin)
+        return first + step * np.arange(end - begin - 1, -1, -1), self._counts[begin:end][::-1]
 
     def between(self, delta: TaskVector, above: int, k: int) -> Band:
         """The band that keeps exactly `k` entries below the `above` largest; k >= 1, above + k <= n.
@@ -169,42 +164,8 @@ class MagnitudeIndex:
         return Band(self.largest(delta, above + k, early=False), inner)
 
 
-def _cut(delta: TaskVector, threshold: float, last: int, early: bool) -> Cut:
-    number, zero = (torch.tensor(x, dtype=delta.dtype) for x in (threshold, 0.0))
-    return Cut(threshold, last, float(torch.nextafter(number, zero)), early)
-
-
-# per dtype: an integer type of its size, and what shifts a magnitude's class to the right end
-_FORMATS = {torch.float32: (torch.int32, 31 - CLASS_BITS), torch.float64: (torch.int64, 63 - CLASS_BITS)}
-
-
-def _members(delta: TaskVector, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and magnitudes of the entries in one class, in flat order."""
-    integers, shift = _FORMATS[delta.dtype]
-    mask, wanted = ((1 << CLASS_BITS) - 1) << shift, number << shift
-    if delta.device.type != "cpu":
-        whole = delta[:]
-        positions = torch.nonzero((whole.view(integers) & mask) == wanted).flatten()
-        return positions, whole[positions].abs_()
-    if isinstance(delta, torch.Tensor) and available():
-        positions = torch.from_numpy(members(delta.view(integers).numpy(), mask, wanted))
-        return positions, delta[positions].abs_()
-    found, values = [], []  # torch compares and finds several times slower than numpy
-    work = np.empty(BLOCK, np.int32 if integers == torch.int32 else np.int64)
-    for begin in range(0, delta.numel(), BLOCK):
-        block = delta[begin : begin + BLOCK]
-        leading = np.bitwise_and(block.view(integers).numpy(), mask, out=work[: block.numel()])
-        places = np.flatnonzero(leading == wanted)
-        found.append(places + begin)
-        values.append(block.numpy()[places])
-    return torch.from_numpy(np.concatenate(found)), torch.from_numpy(np.concatenate(values)).abs_()
-
-
-def _nth_zero(delta: TaskVector, count: int) -> int:
-    """Flat index of the `count`-th zero, from 1."""
-    for begin in range(0, delta.numel(), BLOCK):
-        places = torch.nonzero(delta[begin : begin + BLOCK] == 0.0).flatten()
-        if count <= places.numel():
-            return begin + int(places[count - 1])
-        count -= places.numel()
-    raise AssertionError("the task vector is not the one that was indexed")
+def _select(words: Array, counts: Array, k: int) -> tuple[int, int, int]:
+    """Of the k-th entry, from 1, in this order: its word, how often that occurs, which of these it is."""
+    reach = counts.cumsum()
+    at = int(np.searchsorted(reach, k))
+    return int(words[at]), int(counts[at]), k - (int(reach[at - 1]) if at else 0)

@@ -22,8 +22,33 @@ _WORD = 1 << 32
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Which entries of a task vector are kept: drawn when they are asked for.
+
+    Attributes:
+        seed: in [0, 2**32).
+        density: of all entries; or `(m,)` float64, one per class.
+        classes: `(n,)` int16 or int32, the class of every entry; None with one density.
+    """
+
+    seed: int
+    density: float | torch.Tensor
+    classes: torch.Tensor | None = None
+
+    def write(self, delta: TaskVector, low: int, high: int, out: torch.Tensor) -> None:
+        """Put entries [low, high) of the flat `delta` into `out`, zero where they are not kept."""
+        if self.classes is None:
+            density = float(self.density)
+            keep = keep_mask(self.seed, density, high - low, start=low, device=delta.device)
+        else:
+            densities = torch.as_tensor(self.density)
+            keep = keep_mask_by_class(self.seed, densities, self.classes[low:high], start=low)
+        torch.mul(delta[low:high], keep, out=out)
+
+
+@dataclass(frozen=True)
 class Mask:
-    """Which entries of a task vector are kept.
+    """The same, drawn once: for accelerators, where drawing costs more than memory.
 
     Attributes:
         keep: `(n,)` bool.
@@ -32,7 +57,7 @@ class Mask:
     keep: torch.Tensor
 
     def write(self, delta: TaskVector, low: int, high: int, out: torch.Tensor) -> None:
-        """Put entries [low, high) of the flat `delta` into `out`, zero where they are not kept."""
+        """As `Drawn.write`."""
         torch.mul(delta[low:high], self.keep[low:high], out=out)
 
 
@@ -59,7 +84,7 @@ def keep_mask(
         `(n,)` bool.
     """
     keep = torch.ones(n, dtype=torch.bool, device=device)
-    limit = round(density * _WORD) - _WORD // 2
+    limit = threshold(density) - _WORD // 2
     if limit >= _WORD // 2:
         return keep
     for low, x in _hashes(seed, n, start, device, block):
@@ -82,7 +107,7 @@ def keep_mask_by_class(
     Returns:
         `(n,)` bool, on the device of `classes`.
     """
-    limits = limits_of(densities).to(classes.device)
+    limits = (thresholds(densities) - _WORD // 2).to(classes.device, torch.int32)
     keep = torch.empty(classes.numel(), dtype=torch.bool, device=classes.device)
     for low, x in _hashes(seed, classes.numel(), start, classes.device, block):
         part = slice(low, low + x.numel())
@@ -90,21 +115,21 @@ def keep_mask_by_class(
     return keep
 
 
-def limits_of(densities: torch.Tensor) -> torch.Tensor:
-    """`(m,)` int32: an entry is kept whose hash is below; `densities` are float64, in (0, 1)."""
-    return densities.mul(_WORD).round_().sub_(_WORD // 2).to(torch.int32)
+def threshold(density: float) -> int:
+    """An entry is kept when its hash, in [0, 2**32), is below this."""
+    return round(density * _WORD)
 
 
-def hash_words(seed: int, density: float) -> tuple[int, int, int]:
-    """For a kernel that hashes: two keys in [0, 2**32), and the limit in [-2**31, 2**31]."""
-    return *_keys(seed), round(density * _WORD) - _WORD // 2
+def thresholds(densities: torch.Tensor) -> torch.Tensor:
+    """The same for `(m,)` float64 densities, int64."""
+    return densities.mul(_WORD).round_().long()
 
 
 def _hashes(
     seed: int, n: int, start: int, device: torch.device | str, block: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """`(low, hashes of the entries from low on)`, int32, block by block in one buffer."""
-    keys = _keys(seed)
+    keys = keys_of(seed)
     index = torch.arange(min(block, n), dtype=torch.int32, device=device)
     scratch = torch.empty((2, index.numel()), dtype=torch.int32, device=device)
     for low in range(0, n, block):
@@ -129,7 +154,7 @@ def _mix(x: torch.Tensor, shifted: torch.Tensor, key: int) -> torch.Tensor:
     return x
 
 
-def _keys(seed: int) -> tuple[int, int]:
+def keys_of(seed: int) -> tuple[int, int]:
     """Two unrelated 32-bit words of a seed."""
     digest = hashlib.sha256(seed.to_bytes(8, "little")).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")

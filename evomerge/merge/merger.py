@@ -16,16 +16,18 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 
 from evomerge.errors import RecipeError
+from evomerge.merge.compiled import available
 from evomerge.merge.device_pass import DevicePass, usable
 from evomerge.merge.device_sources import DeviceSources
-from evomerge.merge.fused import fits, merge
+from evomerge.merge.fused import DTYPES, fits, merge
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods._method import CHUNK, TensorInputs
+from evomerge.merge.methods._method import CHUNK, Method, TensorInputs
 from evomerge.merge.plan import MergePlan, TensorOp
 from evomerge.sources.statistics import ModelStatistics, lacking
-from evomerge.sources.streamed import TaskVector
+from evomerge.sources.streamed import TaskVector, from_held
 
 T = TypeVar("T")
+Read = Callable[[str, str, torch.Tensor], TaskVector | None]  # of a model, a tensor and its flat base
 
 DEVICE_CHUNK = 1 << 24  # entries per kernel call on an accelerator, where launching costs more than memory
 WHOLE_BYTES = 256 << 20  # without a cache: task vectors of a tensor that are held in memory all at once
@@ -52,8 +54,12 @@ class TensorSources(Protocol):
         """The float32 task vector of one model, None where it does not change the tensor."""
         ...
 
+    def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
+        """The same, flat; or the model's own entries where these and `base` are of one 16-bit dtype."""
+        ...
+
     def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
-        """The same, flat, not held in memory where that is possible; `base` is the flat base tensor."""
+        """As `delta`, flat, not held in memory where that is possible; `base` is the flat base tensor."""
         ...
 
 
@@ -90,6 +96,7 @@ class Merger:
         on_cpu = self._device.type == "cpu"
         threads = torch.get_num_threads()
         # torch shares a chunk of more than CHUNK out over its threads; two apiece pay for waking them
+        self._compiled = on_cpu and available()
         self._chunk = (CHUNK * 2 * threads if threads > 1 else CHUNK) if on_cpu else DEVICE_CHUNK
 
     @property
@@ -145,9 +152,11 @@ class Merger:
         if not base.is_floating_point() or not op.setting.models or not base.numel():
             return base
         method = METHODS[op.setting.method]
-        bytes_whole = base.numel() * 4 * len(op.setting.models)
-        streamed = method.streams and not self._cache.limit and bytes_whole > WHOLE_BYTES
-        deltas = [self._delta(model, op.tensor, base if streamed else None) for model in op.setting.models]
+        read = self._reader(method, base, len(op.setting.models))
+        deltas = [
+            None if model == self._sources.base_name else read(model, op.tensor, base.reshape(-1))
+            for model in op.setting.models
+        ]
         if all(delta is None for delta in deltas) and method.keeps_base(op.setting):
             return base
         inputs = TensorInputs(
@@ -189,22 +198,35 @@ class Merger:
         read = self._sources.base_tensor
         return self._cache.get((tensor, "base"), lambda: read(tensor).to(self._device))
 
-    def _delta(self, model: str, tensor: str, streamed: torch.Tensor | None) -> TaskVector | None:
-        """One task vector; `streamed` is the base tensor where the vector is not to be held whole."""
-        if model == self._sources.base_name:
-            return None
+    def _reader(self, method: Method, base: torch.Tensor, models: int) -> Read:
+        """How the task vectors of one tensor are read."""
         if self._on_device is not None:
-            part = self._on_device.sources.part(model, tensor)
-            # asking for the base waits for both
-            return None if part is None else part.delta(self._base(tensor).reshape(-1))
-        if streamed is not None and self._device.type == "cpu":
-            return self._sources.streamed_delta(model, tensor, streamed.reshape(-1))
+            return self._there
+        on_cpu = self._device.type == "cpu"
+        if on_cpu and method.streams and not self._cache.limit and base.numel() * 4 * models > WHOLE_BYTES:
+            return self._sources.streamed_delta
+        return self._raw if method.compiled and self._compiled and base.dtype in DTYPES else self._delta
+
+    def _there(self, model: str, tensor: str, base: torch.Tensor) -> TaskVector | None:
+        """A task vector in float32, where the sources are on the device for its kernels."""
+        assert self._on_device is not None
+        delta = self._on_device.sources.delta(model, tensor, base)
+        self._on_device.sources.arrive()
+        return None if delta is None else delta[:]
+
+    def _delta(self, model: str, tensor: str, base: torch.Tensor) -> TaskVector | None:
+        """A task vector in float32."""
 
         def read() -> torch.Tensor | None:
             delta = self._sources.delta(model, tensor)
             return None if delta is None else delta.to(self._device, torch.float32).reshape(-1)
 
         return self._cache.get((tensor, "delta", model), read)
+
+    def _raw(self, model: str, tensor: str, base: torch.Tensor) -> TaskVector | None:
+        """A task vector in the form that the compiled loops read."""
+        held = self._cache.get((tensor, "held", model), lambda: self._sources.held(model, tensor, base))
+        return None if held is None else from_held(held, base)
 
     def statistics(self, model: str, tensor: str, kind: str) -> torch.Tensor | None:
         """Statistics of one tensor in float32 on the merger's device; of a kind that the model carries."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import TensorInfo
-from evomerge.sources.source_set import SourceSet, task_vector
+from evomerge.sources.source_set import SourceSet, own_or_delta, task_vector
 from evomerge.sources.statistics import ModelStatistics
 from evomerge.sources.streamed import TaskVector, streamed
 
@@ -70,6 +70,15 @@ class RenamedSources:
         if base == self._sources.base_name and tensors[base] == tensors[model]:
             return self._sources.delta(model, tensors[model])
         return task_vector(self.whole(model, name), self.base_tensor(name))
+
+    def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
+        """The same, flat; or the model's own entries, as `SourceSet.held` gives them."""
+        if model == self._origins[name].base or not self.info(name).floating:
+            return None
+        if isinstance(self._sources.sources.get(model), Adapter):
+            delta = self.delta(model, name)
+            return None if delta is None else delta.reshape(-1)
+        return own_or_delta(self.whole(model, name).reshape(-1), base)
 
     def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
         """The same, flat; read slice by slice where no adapter makes it."""

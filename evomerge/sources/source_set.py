@@ -150,18 +150,19 @@ class SourceSet:
             return product if moved is None else moved
         return moved + product
 
-    def own_tensor(self, model: str, name: str) -> torch.Tensor | None:
-        """A full model's own tensor on the CPU where it has the base's dtype and differs from the base's.
+    def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
+        """As `delta`, but flat; the model's own entries where model and `base` are both bfloat16 or float16.
 
-        There `delta` is float32(it) - float32(base). None elsewhere: ask for `delta`.
+        They are half as large; `streamed.from_held` makes a task vector of either.
+
+        Args:
+            base: as for `streamed_delta`.
         """
-        import torch
-
         source = self.sources[model]
         if isinstance(source, Adapter) or not self.may_change(model, name):
-            return None
-        tensor, base = source.read(name), self.base.read(name)
-        return tensor if tensor.dtype == base.dtype and not torch.equal(tensor, base) else None
+            delta = self.delta(model, name)
+            return None if delta is None else delta.reshape(-1)
+        return own_or_delta(source.read(name).reshape(-1), base)
 
     def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
         """As `delta`, but flat, and read from the model's file slice by slice where that is possible.
@@ -240,6 +241,15 @@ def _open(ref: SourceRef, where: str) -> Checkpoint | Adapter:
         return Checkpoint(folder) if ref.adapter is None else Adapter(folder)
     except SourceError as error:
         raise SourceError(f"{where}: {error}") from error
+
+
+def own_or_delta(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
+    """`tensor` where both are of one 16-bit dtype, else the float32 task vector; None when they are equal."""
+    import torch
+
+    if tensor.dtype == base.dtype and tensor.dtype.itemsize == 2:
+        return None if torch.equal(tensor, base) else tensor
+    return task_vector(tensor, base)
 
 
 def task_vector(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:

@@ -15,8 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 import evomerge
-from evomerge.build import Parts, family_of, make_engine
+from evomerge.build import Parts, family_of
 from evomerge.config import load_config
+from evomerge.engine.factory import transformers_engine
 from evomerge.engine.transformers_engine import TransformersEngine
 from evomerge.evaluate.evaluator import evaluate, subset
 from evomerge.evaluate.score import score_tasks
@@ -36,7 +37,7 @@ def parts() -> Parts:
 
 @pytest.fixture(scope="module")
 def engine(parts: Parts) -> TransformersEngine:
-    made = make_engine(parts)
+    made = transformers_engine(parts.sources, parts.layout)
     assert isinstance(made, TransformersEngine)
     return made
 

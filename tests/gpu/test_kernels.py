@@ -47,13 +47,13 @@ def test_the_bits_are_those_of_the_cpu(name, dtype):
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("linear", "task_arithmetic")])
-def test_rescaled_results_are_within_a_unit_of_the_last_place(name):
+def test_rescaled_results_are_those_of_the_cpu(name):
     rng, sources = random.Random(name), KernelSources(torch.float32)
     for seed in range(4):
         plan = plan_of(random_setting(name, rng, rescale=True), seed)
         expected = by_cpu(sources, plan)
         for tensor, found in Merger(sources, device=GPU).materialize(plan):
-            torch.testing.assert_close(found.cpu(), expected[tensor], rtol=2**-22, atol=2**-26)
+            assert same_bits(found, expected[tensor]), tensor
 
 
 @pytest.mark.usefixtures("large")
@@ -99,5 +99,5 @@ def test_thresholds_found_on_the_device_are_those_found_on_the_cpu():
     here_index, there_index = MagnitudeIndex(delta), MagnitudeIndex(there)
     for k in (1, 1000, 150_000, 290_000, 300_007):
         for early in (True, False):
-            found = [float(x) for x in there_index.chosen(there, k, early=early)]
-            assert found == [float(x) for x in here_index.chosen(delta, k, early=early)]
+            found = [int(x) for x in there_index.choice(there, k, early=early)]
+            assert found == [int(x) for x in here_index.choice(delta, k, early=early)]

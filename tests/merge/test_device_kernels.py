@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.merge import device_pass
+from evomerge.merge import device_pass, magnitude
 from evomerge.merge.merger import Merger
 from evomerge.recipe import Setting
 from tests.kernels import (
@@ -65,14 +65,27 @@ def test_the_bits_are_those_of_the_cpu(name, dtype):
 
 @interpreted
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("linear", "task_arithmetic")])
-def test_rescaled_results_are_within_a_unit_of_the_last_place(name):
-    """Norms are summed in another order in float64: a factor may round to the neighbouring float32."""
+def test_rescaled_results_are_those_of_the_cpu(name):
     rng, sources = random.Random(name), KernelSources(torch.float32)
     for seed in range(2):
         plan = plan_of(random_setting(name, rng, rescale=True), seed)
-        expected = by_cpu(sources, plan)
-        for tensor, found in by_kernel(sources, plan).items():
-            torch.testing.assert_close(found, expected[tensor], rtol=2**-22, atol=2**-26)
+        assert_same(by_kernel(sources, plan), by_cpu(sources, plan), plan)
+
+
+@interpreted
+@pytest.mark.parametrize("worth", [0, 1, 1 << 40])
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties"])
+def test_thresholds_looked_up_and_found_on_the_device_give_the_same_bits(name, worth, monkeypatch):
+    """Of few blocks at once, so that the places of cuts lie in blocks of several steps."""
+    rng, sources = random.Random(f"{name} {worth}"), KernelSources(torch.bfloat16)
+    expected = [by_cpu(sources, plan_of(random_setting(name, rng))) for _ in range(4)]
+    rng = random.Random(f"{name} {worth}")
+    if worth:
+        monkeypatch.setattr(magnitude, "WORTH", worth)  # 1: all are remembered, 2**40: none
+    monkeypatch.setattr(device_pass, "STEP", 1)
+    for one in expected:
+        plan = plan_of(random_setting(name, rng))
+        assert_same(by_kernel(sources, plan), one, plan)
 
 
 @interpreted
@@ -153,33 +166,55 @@ def printed_by(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@compiled
-def test_compiled_kernels_load_16_bytes_at_once_and_contract_nothing():
-    """For compute capability 9.0, which takes no device; three sources and the base, 2,048 entries each."""
-    code = """
+COMPILER = r"""
 import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from evomerge.merge import _triton, device_tables as tables
-types = dict(tensor_of="*i32", first_of="*i32", words="*i64", numbers="*fp32", flags="*i32")
-for mode, kind in ((tables.AVERAGE, tables.WHOLE), (tables.SUM, tables.HASHED), (tables.ELECT, tables.CUT)):
-    values = dict(TERMS=3, KINDS=(kind,) * 3, RAWS=(True,) * 3, MODE=mode)
-    values |= dict(DTYPE=_triton.tl.bfloat16, BLOCK=2048)
-    constants = {(5 + i,): value for i, value in enumerate(values.values())}
-    source = ASTSource(_triton.merge, types | dict.fromkeys(values, "constexpr"), constants)
+TYPES = dict.fromkeys(["tensor_of", "first_of", "flags", "counts"], "*i32")
+TYPES |= dict(words="*i64", numbers="*fp32")
+TYPES |= dict.fromkeys(["sums", "weights", "smallest"], "*fp64")
+SHAPE = dict(DTYPE=_triton.tl.bfloat16, BLOCK=2048, STEP=1024, HALVINGS=11)
+
+def print_counts(kernel, patterns, **values):
+    types = {name: TYPES.get(name, "constexpr") for name in kernel.arg_names}
+    values |= SHAPE
+    constants = {(i,): values[name] for i, name in enumerate(types) if name in values}
     options = dict(enable_fp_fusion=False, num_warps=4)
+    source = ASTSource(kernel, types, constants)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    for word in ("ld.global.v4.b32", "st.global.v4.b32", "fma.rn.f32", "mul.f32", "add.f32"):
-        print(len(re.findall(re.escape(word) + r"[ \t]", ptx)), end=" ")
-    print()
+    print(*(len(re.findall(pattern + r"[ \t]", ptx)) for pattern in patterns))
+"""
+
+
+@compiled
+def test_compiled_kernels_load_16_bytes_at_once_and_contract_nothing():
+    """For compute capability 9.0, which takes no device; three sources and the base, 2,048 entries each."""
+    code = """
+words = r"ld[.]global[.]v4[.]b32", r"st[.]global[.]v4[.]b32", r"fma[.]rn[.]f32", r"mul[.]f32", r"add[.]f32"
+for mode, kind in ((tables.AVERAGE, tables.WHOLE), (tables.SUM, tables.HASHED), (tables.ELECT, tables.CUT)):
+    print_counts(_triton.merge, words, TERMS=3, KINDS=(kind,) * 3, RAWS=(True,) * 3, MODE=mode)
 """
     per_tensor = 2048 * 2 // (128 * 16)  # 128 threads, 16 bytes each
-    for mode, line in zip(("average", "sum", "elect"), printed_by(code), strict=True):
+    for mode, line in zip(("average", "sum", "elect"), printed_by(COMPILER + code), strict=True):
         loads, stores, fused, *inexact = map(int, line.split())
         assert loads == 4 * per_tensor  # election reads its terms once, too
         assert stores == per_tensor
         assert inexact == [0, 0]  # PTX lets these be contracted, those with `.rn` not
         assert bool(fused) == (mode == "average")  # asked for there
+
+
+@compiled
+def test_the_kernels_of_places_and_norms_compile_and_contract_nothing():
+    code = """
+for kernel in (_triton.ties, _triton.places, _triton.norms, _triton.rescale):
+    words = r"(?:fma[.]rn|mul|add)[.]f(?:32|64)", r"ld[.]global[.]\\S+"
+    print_counts(kernel, words, TERMS=2, KINDS=(tables.CUT,) * 2, RAWS=(True, False))
+"""
+    for line in printed_by(COMPILER + code):
+        inexact, loads = map(int, line.split())
+        assert inexact == 0
+        assert loads
 
 
 @compiled

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from evomerge.merge import compiled, fused
+from evomerge.merge import compiled, fused, norms
+from evomerge.merge.magnitude import Cut
+from evomerge.merge.mask import Drawn
 from evomerge.merge.methods import METHODS, SPECS
+from evomerge.merge.methods._gta import GtaKernel, Term
 from evomerge.merge.methods._method import CHUNK, TensorInputs
 from evomerge.recipe import Setting
+from evomerge.sources.streamed import RawDelta
 
 pytest.importorskip("numba", reason="the loops are compiled by numba")
 
 FAMILY = [name for name, spec in SPECS.items() if {"weight", "lambda"} <= {*spec.per_model, *spec.shared}]
-FUSED = [name for name in ("linear", *FAMILY) if METHODS[name].streams]
+FUSED = [name for name in ("linear", *FAMILY) if METHODS[name].compiled]
 N = 70_001  # more than a chunk, and no multiple of a block
 
 
@@ -58,6 +62,17 @@ def random_setting(name: str, rng: random.Random) -> Setting:
     if name == "linear":
         models["a"]["weight"] = 5.0  # no sum of zero
     return Setting(name, {key: shared[key] for key in spec.shared}, models)
+
+
+def as_raw(inputs: TensorInputs) -> TensorInputs:
+    """The same with sources of the base's dtype in place of the task vectors; the second stays float32."""
+    deltas = [
+        delta
+        if delta is None or number == 1
+        else RawDelta((inputs.base + delta).to(inputs.base), inputs.base)
+        for number, delta in enumerate(inputs.deltas)
+    ]
+    return replace(inputs, deltas=deltas)
 
 
 def by_torch(inputs: TensorInputs) -> torch.Tensor:
@@ -110,6 +125,22 @@ def test_results_that_are_not_finite_are_noticed(name, value):
     assert not by_numba(inputs)[1]
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_sources_as_stored_give_the_bits_of_their_task_vectors(name):
+    rng = random.Random(name)
+    merged = 0
+    for seed in range(12):
+        raw = as_raw(inputs_of(random_setting(name, rng), torch.bfloat16, seed))
+        whole = replace(raw, deltas=[None if delta is None else delta[:] for delta in raw.deltas])
+        found = by_numba(raw)
+        if found is not None:
+            merged += 1
+            expected = by_torch(whole)
+            assert same_bits(found[0], expected), raw.setting
+            assert same_bits(by_torch(raw), expected), raw.setting
+    assert merged > 8
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_number_of_threads_does_not_change_a_bit(threads, monkeypatch):
     setting = Setting("ties", {}, {m: {"weight": 0.5, "density": 0.3} for m in "abc"})
@@ -119,11 +150,52 @@ def test_the_number_of_threads_does_not_change_a_bit(threads, monkeypatch):
     assert same_bits(by_numba(inputs)[0], by_torch(inputs))
 
 
-@pytest.mark.parametrize("kind", [np.int32, np.int64])
-def test_members_are_the_positions_that_numpy_finds(kind):
-    bits = np.random.default_rng(0).integers(0, 1 << 20, 100_003).astype(kind)
-    expected = np.flatnonzero((bits & 0xFF00) == 0x1200)
-    assert np.array_equal(compiled.members(bits, 0xFF00, 0x1200), expected)
+@pytest.mark.parametrize("density", [1.0, 0.999, 0.3, 1e-9])
+@pytest.mark.parametrize("classes", [None, torch.int16, torch.int32], ids=str)
+def test_masks_drawn_in_the_loops_are_those_of_torch(density, classes):
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(N, generator=generator)
+    drawn = Drawn(2**32 - 1, density)
+    if classes is not None:
+        chances = torch.tensor([density / 2, density / 3], dtype=torch.float64)
+        drawn = Drawn(7, chances, torch.randint(0, 2, (N,), generator=generator).to(classes))
+    base = torch.zeros(N)
+    kernel = GtaKernel((Term(delta, drawn, 0.7, 1.0),), False, False, 1.0, 1.0, torch.empty(2, N))
+    merged = torch.empty_like(base)
+    assert fused.fits(kernel, base)
+    assert fused.merge(kernel, base, merged)
+    kernel(0, N, base)
+    assert same_bits(merged, base)
+
+
+def some_terms() -> dict[str, Term]:
+    inputs = inputs_of(Setting("ties", {}, {"a": {"weight": 1.0}}), torch.bfloat16, 3)
+    source = (inputs.base.float() + inputs.deltas[0]).bfloat16()
+    raw, delta = RawDelta(source, inputs.base), inputs.deltas[0]
+    return {
+        "float32": Term(delta, None, 1.0, 1.0),
+        "cut": Term(delta, Cut(0.02, 40_000, 0.0199), 1.0, 1.0),
+        "drawn": Term(raw, Drawn(1, 0.4), 1.0, 1.0),
+        "raw": Term(raw, None, 1.0, 1.0),
+        "short": Term(delta[:5], None, 1.0, 1.0),
+    }
+
+
+@pytest.mark.parametrize("name", some_terms())
+@pytest.mark.parametrize("threads", [1, 3])
+def test_norms_have_the_same_bits_in_loops_and_in_torch(name, threads, monkeypatch):
+    term = some_terms()[name]
+    monkeypatch.setattr(compiled, "SHARED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    by_loops = norms.l1(term)
+    monkeypatch.setattr(norms, "readable", lambda delta: False)
+    assert norms.l1(term) == by_loops
+    monkeypatch.setattr(norms, "BLOCKS", 2)
+    assert norms.l1(term) == by_loops
+    out = torch.empty(term.delta.numel())
+    term.write(0, len(out), out)
+    # at most 2**-53 for each of the 11 halvings of a block
+    assert by_loops == pytest.approx(math.fsum(out.abs().tolist()), rel=11 * 2**-53)
 
 
 @pytest.mark.parametrize("change", ["float16", "float64", "streamed"])
@@ -146,6 +218,6 @@ def test_a_sparsifier_that_the_loops_do_not_know_is_left_to_torch():
 
 
 def test_without_numba_torch_merges(monkeypatch):
-    monkeypatch.setattr(fused, "available", lambda: False)
+    monkeypatch.setattr(compiled, "available", lambda: False)
     setting = Setting("task_arithmetic", {}, {"a": {"weight": 1.0}})
     assert by_numba(inputs_of(setting, torch.bfloat16, 0)) is None

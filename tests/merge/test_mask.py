@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evomerge.merge.mask import _keys, keep_mask, keep_mask_by_class
+import evomerge.merge.packed  # noqa: F401  before a test puts something else in the place of `Drawn`
+from evomerge.merge.mask import Mask, keep_mask, keep_mask_by_class, keys_of
 from evomerge.recipe import Setting
 
 N = 1 << 16
@@ -35,7 +36,7 @@ def test_neighbours_and_rows_are_uncorrelated(lag):
 def test_two_seeds_are_uncorrelated_even_where_their_hash_inputs_coincide():
     """The first key shifts the index; where lags undo the shift only the second key tells seeds apart."""
     for seed in range(4):
-        shift = (_keys(seed)[0] - _keys(seed + 1)[0]) % (1 << 32)
+        shift = (keys_of(seed)[0] - keys_of(seed + 1)[0]) % (1 << 32)
         a = keep_mask(seed, 0.5, N).double() * 2 - 1
         for start in (0, shift):
             b = keep_mask(seed + 1, 0.5, N, start=start).double() * 2 - 1
@@ -96,7 +97,7 @@ def test_classes_do_not_tie_a_mask_to_blocks_or_shards(start, block):
 def test_dare_agrees_with_the_definition_for_a_given_mask(case, dtype, tolerance, merge, monkeypatch):
     """By default kept entries are rescaled by the L1 norm (mergekit); the paper's 1/density is a `lambda`."""
     base, model, mask = (torch.tensor(case["inputs"][key], dtype=dtype) for key in ("base", "model", "mask"))
-    monkeypatch.setattr("evomerge.merge.mask.keep_mask", lambda *args, **kwargs: mask.reshape(-1).bool())
+    monkeypatch.setattr("evomerge.merge.mask.Drawn", lambda seed, density: Mask(mask.reshape(-1).bool()))
     paper = "paper" in case["params"]["rescale"]
     shared = {"rescale": False, "lambda": 1 / case["params"]["density"]} if paper else {}
     setting = Setting("dare_linear", shared, {"m": {"weight": case["params"]["weight"], "density": 0.5}})

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evomerge.errors import RecipeError
+from evomerge.merge.compiled import available
 from evomerge.merge.mask import keep_mask
 from evomerge.merge.merger import Merger
 from evomerge.merge.methods import METHODS, SPECS
@@ -16,7 +17,7 @@ from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Cell, Recipe, Setting
 from evomerge.sources.layout import Layout
 from evomerge.sources.reference import SourceRef
-from evomerge.sources.source_set import SourceSet
+from evomerge.sources.source_set import SourceSet, own_or_delta
 from evomerge.sources.streamed import TaskVector
 from tests.tiny import tiny_adapter, tiny_model
 
@@ -63,6 +64,11 @@ class MemorySources:
         if (model, name) not in self.tuned:
             return None
         return self.tuned[model, name].float() - self.base[name].float()
+
+    def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
+        self.reads[model, name] += 1
+        tuned = self.tuned.get((model, name))
+        return None if tuned is None else own_or_delta(tuned.reshape(-1), base)
 
     def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
         raise AssertionError("only a merger without a cache streams, and only large tensors")
@@ -241,8 +247,18 @@ def test_a_second_candidate_reads_no_task_vector_again():
     assert set(sources.reads.values()) == {1}
 
 
-def test_a_cache_that_is_too_small_still_hits_and_keeps_its_limit():
+@pytest.mark.skipif(not available(), reason="the loops that read sources as stored are compiled by numba")
+def test_checkpoints_in_bfloat16_are_kept_as_they_are_stored():
     sources = MemorySources()
+    merger = Merger(sources, cache_bytes=1 << 30)
+    dict(merger.materialize(plan_of(SETTINGS["task arithmetic"], sources)))
+    base = sum(tensor.nbytes for tensor in sources.base.values())
+    models = sum(tensor.nbytes for tensor in sources.tuned.values())
+    assert base + models <= merger.cached_bytes <= base + models + 64  # 64: what is not there
+
+
+def test_a_cache_that_is_too_small_still_hits_and_keeps_its_limit():
+    sources = MemorySources(torch.float32)
     base = sum(tensor.nbytes for tensor in sources.base.values())
     limit = base + 300 * 130 * 4 * 2 + 1000  # the base and two of the three large task vectors
     merger = Merger(sources, cache_bytes=limit)
@@ -254,7 +270,7 @@ def test_a_cache_that_is_too_small_still_hits_and_keeps_its_limit():
 
 
 def test_what_no_candidate_uses_any_more_makes_room():
-    sources = MemorySources()
+    sources = MemorySources(torch.float32)
     embedding = "model.embed_tokens.weight"
     merger = Merger(sources, cache_bytes=sources.base[embedding].nbytes + 300 * 130 * 4)
     for model in ("math", "code", "code", "code"):

@@ -15,6 +15,7 @@ from evomerge.errors import CompatibilityError, SourceError
 from evomerge.recipe import Cell
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
+from evomerge.sources.streamed import from_held
 from tests.tiny import VOCAB, tiny_adapter, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -82,20 +83,21 @@ def test_an_equal_tensor_has_no_delta(base: Path, tmp_path: Path):
     assert sources.delta("tuned", Q_PROJ) is None
 
 
-def test_an_own_tensor_less_the_base_is_the_delta_and_other_models_have_none(base: Path, tmp_path: Path):
-    tuned = tiny_model(tmp_path / "tuned", seed=1, noise_from=base)
-    start = load_file(base / "model.safetensors")[Q_PROJ]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_is_held_is_the_delta_and_half_as_large_where_model_and_base_have_16_bits(dtype, tmp_path: Path):
+    start = (torch.arange(64 * 64).reshape(64, 64) / 4096).to(dtype)
+    base = edit(tiny_model(tmp_path / "base"), {Q_PROJ: start})
+    tuned = edit(tiny_model(tmp_path / "tuned"), {Q_PROJ: start * 2})
     wide = edit(tiny_model(tmp_path / "wide"), {Q_PROJ: start.double() + 1})
-    lora = tiny_adapter(tmp_path / "lora", base)
-    sources = open_set(base, tuned=tuned, wide=wide, lora=lora)
-    own, delta = sources.own_tensor("tuned", Q_PROJ), sources.delta("tuned", Q_PROJ)
-    assert own is not None
-    assert own.dtype == start.dtype
-    assert torch.equal(own.float() - start.float(), delta)
-    assert sources.own_tensor("wide", Q_PROJ) is None
-    assert sources.own_tensor("lora", Q_PROJ) is None
-    edit(tuned, {Q_PROJ: start})
-    assert open_set(base, tuned=tuned).own_tensor("tuned", Q_PROJ) is None
+    same = edit(tiny_model(tmp_path / "same"), {Q_PROJ: start})
+    sources = open_set(base, tuned=tuned, wide=wide, same=same, lora=tiny_adapter(tmp_path / "lora", base))
+    flat = start.reshape(-1)
+    for model, own in [("tuned", dtype), ("wide", torch.float32), ("lora", torch.float32)]:
+        held, delta = sources.held(model, Q_PROJ, flat), sources.delta(model, Q_PROJ)
+        assert held is not None
+        assert held.dtype == own
+        assert torch.equal(from_held(held, flat)[:], delta.reshape(-1))
+    assert sources.held("same", Q_PROJ, flat) is None
 
 
 def test_a_model_in_another_dtype_is_compared_by_value(base: Path, tmp_path: Path):

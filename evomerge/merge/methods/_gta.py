@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from evomerge.merge.methods._method import CHUNK, Kernel, Method, TensorInputs
+from evomerge.merge.methods._method import Kernel, Method, TensorInputs
 from evomerge.recipe import BASE_COPY, DECIMALS, MethodSpec, ParameterSpec, Setting, rounded
 
 if TYPE_CHECKING:
@@ -138,28 +138,13 @@ def _term(
         return Term(delta, None, weight, weight)
     kept, factor = sparsify(inputs, index, delta, density), weight
     if inputs.parameter("rescale"):
+        from evomerge.merge.norms import l1
+
         before = inputs.once(("l1", inputs.models[index]), lambda: l1(Term(delta, None, 1.0, 1.0)))
         after = l1(Term(delta, kept, 1.0, 1.0))
         if before >= SMALLEST_NORM and after >= SMALLEST_NORM:
             factor *= before / after
     return Term(delta, kept, factor, weight)
-
-
-def l1(term: Term) -> float:
-    """Sum of the magnitudes of a term's entries, accumulated in float64.
-
-    The blocks do not depend on the caller's chunk, so neither does the last bit of the sum.
-    """
-    import torch
-
-    n, like = term.delta.numel(), term.delta
-    total = torch.zeros((), dtype=torch.float64, device=like.device)
-    block = torch.empty(min(CHUNK, n), dtype=like.dtype, device=like.device)
-    for low in range(0, n, CHUNK):
-        part = block[: min(CHUNK, n - low)]
-        term.write(low, low + part.numel(), part)
-        total += part.abs_().sum(dtype=torch.float64)
-    return float(total)
 
 
 @dataclass(frozen=True)
@@ -287,7 +272,7 @@ def sparsified(
         """
         return gta(inputs, sparsify=sparsify, consensus=True)
 
-    return Method(spec, elected if elect else summed, streams=True)
+    return Method(spec, elected if elect else summed, streams=True, compiled=True)
 
 
 def canonical_sum(setting: Setting, extra: Extra = NO_EXTRA) -> Setting:

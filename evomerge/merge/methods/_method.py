@@ -140,6 +140,7 @@ class Method:
         keeps_base: whether, in a setting, models that equal the base merge to the base itself.
         streams: whether the method takes slices of task vectors and nothing else, so that merging large
             models needs no whole one in memory.
+        compiled: whether `evomerge.merge.fused` carries its kernels out: it may be given a `RawDelta`.
     """
 
     spec: MethodSpec
@@ -147,6 +148,7 @@ class Method:
     takes_base: bool = False
     keeps_base: Callable[[Setting], bool] = always
     streams: bool = False
+    compiled: bool = False
 
     def merge(self, inputs: TensorInputs) -> torch.Tensor:
         """The merged tensor, shaped `inputs.shape`, in `inputs.dtype`.

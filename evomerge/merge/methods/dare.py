@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 def drop(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Kept:
     """Each entry kept with probability `density`."""
-    from evomerge.merge.mask import Mask, keep_mask
+    from evomerge.merge.mask import Drawn, Mask, keep_mask
 
-    return Mask(keep_mask(inputs.seeds[index], density, delta.numel(), device=delta.device))
+    seed = inputs.seeds[index]
+    if delta.device.type == "cpu":
+        return Drawn(seed, density)
+    return Mask(keep_mask(seed, density, delta.numel(), device=delta.device))
 
 
 SOURCE = "Yu 2023, arXiv:2311.03099; rescaled by the L1 norm as mergekit 0.1.5"

@@ -52,13 +52,15 @@ EPSILON = ParameterSpec(
 
 def thin(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Kept:
     """Each entry kept with the probability of its rank; for epsilon 0 DARE's entries, bit by bit."""
-    from evomerge.merge.mask import Mask, keep_mask_by_class
+    from evomerge.merge.mask import Drawn, Mask, keep_mask_by_class
 
     epsilon = inputs.values("epsilon")[index]
     if epsilon == 0.0:
         return drop(inputs, index, delta, density)
     ranks = inputs.once(("row ranks", inputs.models[index]), lambda: row_ranks(delta[:], inputs.shape))
     chances = keep_probabilities(density, epsilon, row_length(inputs.shape))
+    if delta.device.type == "cpu":
+        return Drawn(inputs.seeds[index], chances, ranks)
     return Mask(keep_mask_by_class(inputs.seeds[index], chances, ranks))
 
 

@@ -104,4 +104,4 @@ SPEC = MethodSpec(
     source="Wortsman 2022, arXiv:2203.05482; arithmetic of mergekit 0.1.5",
 )
 
-METHODS = (Method(SPEC, kernel, takes_base=True, keeps_base=keeps_base, streams=True),)
+METHODS = (Method(SPEC, kernel, takes_base=True, keeps_base=keeps_base, streams=True, compiled=True),)

@@ -30,4 +30,4 @@ SPEC = MethodSpec(
     source="Ilharco 2022, arXiv:2212.04089",
 )
 
-METHODS = (Method(SPEC, kernel, streams=True),)
+METHODS = (Method(SPEC, kernel, streams=True, compiled=True),)
