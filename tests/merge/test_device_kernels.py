@@ -8,6 +8,7 @@ started by the last one; alone: `TRITON_INTERPRET=1 python -m pytest tests/merge
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import random
 import subprocess
@@ -21,6 +22,8 @@ import torch
 from evomerge.errors import RecipeError
 from evomerge.merge import device_pass, magnitude
 from evomerge.merge.merger import Merger
+from evomerge.merge.methods._gta import Term
+from evomerge.merge.norms import l1
 from evomerge.recipe import Setting
 from tests.kernels import (
     DTYPES,
@@ -70,6 +73,30 @@ def test_rescaled_results_are_those_of_the_cpu(name):
     for seed in range(2):
         plan = plan_of(random_setting(name, rng, rescale=True), seed)
         assert_same(by_kernel(sources, plan), by_cpu(sources, plan), plan)
+
+
+@interpreted
+def test_norms_are_those_of_the_cpu_to_the_last_bit_of_float64(monkeypatch):
+    """Rounded to float32, factors would hide sums in another order, and so would magnitudes of like size."""
+    buffers, make = [], device_pass.DevicePass._by_block
+
+    def kept(*arguments):
+        buffers.append(make(*arguments))
+        return buffers[-1]
+
+    monkeypatch.setattr(device_pass.DevicePass, "_by_block", kept)
+    sources = KernelSources(torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    for name, base in sources.base.items():
+        sources.own["full", name] *= torch.exp2(12 * torch.randn(base.shape, generator=generator))
+    models = {model: {"weight": 1.0, "density": 0.5} for model in ("full", "coarse")}
+    by_kernel(sources, plan_of(Setting("dare_linear", {}, models)))
+    ((work, sums),) = buffers
+    for number, name in enumerate(NAMES):
+        blocks = sums[work.first_of[number] : work.first_of[number + 1]]
+        for k, model in enumerate(models):
+            exact = l1(Term(sources.delta(model, name).reshape(-1), None, 1.0, 1.0))
+            assert math.fsum(blocks[:, k, 0].tolist()) == exact
 
 
 @interpreted
