@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from evomerge.engine import vllm_compat
 from evomerge.engine.base import Engine
-from evomerge.engine.memory import host_cache_bytes
+from evomerge.engine.memory import plan_host, plan_shared_card
 from evomerge.errors import ConfigError
 from evomerge.sources.layout import Layout
 from evomerge.sources.source_set import SourceSet
@@ -90,11 +90,17 @@ def transformers_engine(
     batch_tokens: int = 8192,
     cache_gb: float | None = None,
 ) -> Engine:
-    """A transformers engine; `cache_gb` None lets task vectors take half of the free memory."""
+    """A transformers engine; `cache_gb` None lets task vectors take half of the device's free memory."""
+    import torch
+
     from evomerge.engine.transformers_engine import TransformersEngine, pick_device
     from evomerge.merge.merger import Merger
 
     device = pick_device(device)
-    merger = Merger(sources, device=device, cache_bytes=host_cache_bytes(cache_gb))
+    if device.startswith("cuda"):
+        plan = plan_shared_card(torch.cuda.mem_get_info(device)[0], cache_gb)
+    else:
+        plan = plan_host(cache_gb)
+    merger = Merger(sources, device=device, cache_bytes=plan.cache_bytes, host_bytes=plan.host_bytes)
     folder = sources.folders[sources.base_name]
     return TransformersEngine(folder, merger, layout, device=device, dtype=dtype, batch_tokens=batch_tokens)

@@ -23,7 +23,7 @@ from typing import Any
 from evomerge.engine import vllm_compat
 from evomerge.engine.base import GenerateRequest, LikelihoodRequest
 from evomerge.engine.child import Message, serve
-from evomerge.engine.memory import MemoryPlan, host_cache_bytes, plan_accelerator
+from evomerge.engine.memory import MemoryPlan, plan_accelerator, plan_host
 from evomerge.engine.prompts import PromptEncoder
 from evomerge.engine.transformers_engine import pick_dtype
 from evomerge.errors import ConfigError, EngineError, EvomergeError
@@ -86,7 +86,8 @@ class Host:
         self._longest = config.model_config.max_model_len
         self._prompts = _encoder(folder)
         before = self._probe()
-        self._ask_workers("evomerge_open", json.dumps({**sources, "cache_bytes": plan.cache_bytes}))
+        kept = {"cache_bytes": plan.cache_bytes, "host_bytes": plan.host_bytes}
+        self._ask_workers("evomerge_open", json.dumps({**sources, **kept}))
         self._comparable = self._known_answers(before, base_recipe, probe_recipe)
         return {
             "info": {
@@ -96,7 +97,7 @@ class Host:
                 "dtype": str(config.model_config.dtype).removeprefix("torch."),
                 "max_model_len": self._longest,
                 "workers": self._world,
-                "task vectors": f"{plan.cache_bytes / 1e9:.2f} GB kept in {plan.place}, each worker",
+                "task vectors": f"{plan}, each worker",
                 "weights checked": "every swap" if self._comparable else "at the start only",
             }
         }
@@ -298,12 +299,10 @@ def _memory_plan(options: Mapping[str, Any], weights: int, deltas: int, cache_gb
     from vllm.platforms import current_platform
 
     workers = vllm_compat.workers(options)
-    each = None if cache_gb is None else cache_gb / workers
     if current_platform.is_cpu():
-        kept = host_cache_bytes(cache_gb) // workers
-        return MemoryPlan("host", kept, 1.0)
+        return plan_host(cache_gb, workers)
     total = int(current_platform.get_device_total_memory())
-    return plan_accelerator(total, weights // workers, deltas, each)
+    return plan_accelerator(total, weights, deltas, cache_gb, workers)
 
 
 def _await_memory(share: float) -> None:

@@ -84,7 +84,7 @@ class Holder:
         worker: vLLM's, with `model_runner`, `device` and `reload_weights`.
         base, models: keyword arguments of `SourceRef`; names in recipes are `base_name` and the keys.
         base_name: name of the base in recipes.
-        cache_bytes: memory for task vectors, in this worker.
+        cache_bytes, host_bytes: memory for task vectors, in this worker; see `Merger`.
     """
 
     def __init__(
@@ -95,13 +95,16 @@ class Holder:
         models: Mapping[str, Mapping[str, Any]],
         base_name: str,
         cache_bytes: int,
+        host_bytes: int,
     ) -> None:
         self._worker = worker
         self._model: torch.nn.Module = worker.model_runner.get_model()
         self._dtype: torch.dtype = worker.model_config.dtype
         refs = {name: _reference(model) for name, model in models.items()}
         self._sources = SourceSet.open(_reference(base), refs, base_name)
-        self._merger = Merger(self._sources, device=worker.device, cache_bytes=cache_bytes)
+        self._merger = Merger(
+            self._sources, device=worker.device, cache_bytes=cache_bytes, host_bytes=host_bytes
+        )
         self._layouts: dict[str, Layout] = {}
         parallel = worker.parallel_config
         self._share = Share(parallel.rank % parallel.tensor_parallel_size)

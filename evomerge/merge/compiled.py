@@ -36,10 +36,10 @@ def available() -> bool:
 def readable(delta: TaskVector) -> bool:
     """Whether compiled loops can read this task vector."""
     if isinstance(delta, torch.Tensor):
-        found = delta.dtype == torch.float32 and delta.device.type == "cpu" and delta.is_contiguous()
+        found = delta.dtype == torch.float32 and delta.is_contiguous()
     else:
-        found = isinstance(delta, RawDelta)
-    return found and available()
+        found = isinstance(delta, RawDelta) and delta.source.dtype == torch.bfloat16
+    return found and delta.device.type == "cpu" and available()
 
 
 def located(deltas: Sequence[TaskVector | None]) -> tuple[Array, Array]:

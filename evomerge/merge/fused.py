@@ -23,10 +23,12 @@ from evomerge.merge.methods._method import Kernel
 from evomerge.merge.methods.linear import LinearKernel
 from evomerge.merge.packed import Packed, known
 
+DTYPES = (torch.float32, torch.bfloat16)  # of the base
+
 
 def fits(kernel: Kernel, base: torch.Tensor) -> bool:
     """Whether `merge` can do what `kernel` does to this base tensor."""
-    if base.device.type != "cpu" or base.dtype not in (torch.float32, torch.bfloat16):
+    if base.device.type != "cpu" or base.dtype not in DTYPES:
         return False
     if isinstance(kernel, LinearKernel):
         deltas = [delta for delta in kernel.deltas if delta is not None]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,6 +77,22 @@ _NONE = np.zeros(0, np.uint32)
 NOTHING = Cut(math.inf, -1, math.inf)  # keeps no entry
 
 
+class Choice(NamedTuple):
+    """A `Cut` before the place is looked for where its choice among equal magnitudes changes.
+
+    Attributes:
+        word: of the threshold, see `scans`.
+        before: how many of those equal to the threshold stand before that place.
+        early: whether these are kept; false: the others.
+
+    Numbers, or `()` int64 tensors on a device that may not have computed them yet.
+    """
+
+    word: int | torch.Tensor
+    before: int | torch.Tensor
+    early: bool
+
+
 class MagnitudeIndex:
     """Order statistics of one task vector.
 
@@ -108,19 +125,33 @@ class MagnitudeIndex:
         """
         if k > self.n - self._zeros:
             return Cut(0.0, self.n - 1 if early else -1, 0.0, early)
-        at = int(np.searchsorted(self._reach, k))
-        above = int(self._reach[at - 1]) if at else 0
-        word, equal, wanted = _select(*self._within(delta, self._highest - at), k - above)
-        before = wanted if early else equal - wanted  # of the equal ones, on this side of the choice
+        number, _, rest = self._class_of(k)
+        word, equal, wanted = _select(*(self._known(delta, number) or scans.within(delta, number)), rest)
+        before = wanted if early else equal - wanted
         last = -1 if before == 0 else self.n - 1 if before == equal else scans.place(delta, word, before)
         return Cut(scans.magnitude(delta, word), last, scans.magnitude(delta, word - 1), early)
 
-    def _within(self, delta: TaskVector, number: int) -> tuple[Array, Array]:
-        """Words in one class, the largest first, and how many entries have each."""
+    def choice(self, delta: TaskVector, k: int, *, early: bool = True) -> Choice:
+        """What `largest` chooses, without waiting for the task vector's device."""
+        if k > self.n - self._zeros:
+            return Choice(0, 0, early)
+        number, size, rest = self._class_of(k)
+        known = self._known(delta, number)
+        word, equal, wanted = _select(*known, rest) if known else scans.select(delta, number, size, rest)
+        return Choice(word, wanted if early else equal - wanted, early)
+
+    def _class_of(self, k: int) -> tuple[int, int, int]:
+        """Of the k-th largest entry: its class, how many are in it, which of these it is."""
+        at = int(np.searchsorted(self._reach, k))
+        above = int(self._reach[at - 1]) if at else 0
+        return self._highest - at, int(self._reach[at]) - above, k - above
+
+    def _known(self, delta: TaskVector, number: int) -> tuple[Array, Array] | None:
+        """Words in one class, the largest first, and how many entries have each; None if not remembered."""
         at = number - self._lowest
         begin, end = int(self._ends[at - 1]) if at else 0, int(self._ends[at])
         if begin == end:
-            return scans.within(delta, number)
+            return None
         first, step = scans.first_word(delta, number), scans.class_size(delta) // (end - begin)
         return first + step * np.arange(end - begin - 1, -1, -1), self._counts[begin:end][::-1]
 

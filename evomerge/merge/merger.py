@@ -17,14 +17,17 @@ import torch
 
 from evomerge.errors import RecipeError
 from evomerge.merge.compiled import available
-from evomerge.merge.fused import fits, merge
+from evomerge.merge.device_pass import DevicePass, usable
+from evomerge.merge.device_sources import DeviceSources
+from evomerge.merge.fused import DTYPES, fits, merge
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods._method import CHUNK, TensorInputs
+from evomerge.merge.methods._method import CHUNK, Method, TensorInputs
 from evomerge.merge.plan import MergePlan, TensorOp
 from evomerge.sources.statistics import ModelStatistics, lacking
-from evomerge.sources.streamed import RawDelta, TaskVector
+from evomerge.sources.streamed import TaskVector, from_held
 
 T = TypeVar("T")
+Read = Callable[[str, str, torch.Tensor], TaskVector | None]  # of a model, a tensor and its flat base
 
 DEVICE_CHUNK = 1 << 24  # entries per kernel call on an accelerator, where launching costs more than memory
 WHOLE_BYTES = 256 << 20  # without a cache: task vectors of a tensor that are held in memory all at once
@@ -52,7 +55,7 @@ class TensorSources(Protocol):
         ...
 
     def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
-        """The same, flat; or the model's own entries where these and those of `base` are bfloat16."""
+        """The same, flat; or the model's own entries where these and `base` are of one 16-bit dtype."""
         ...
 
     def streamed_delta(self, model: str, name: str, base: torch.Tensor) -> TaskVector | None:
@@ -69,14 +72,27 @@ class Merger:
         cache_bytes: memory for the base, task vectors and what is derived from them. 0 keeps nothing, and
             task vectors of large tensors are read slice by slice by the methods that can: memory does not
             grow with the number of models.
+        host_bytes: pinned memory for sources that find no room in a GPU's cache.
+        fused: whether a GPU's own kernels may merge; if not, torch does.
     """
 
     def __init__(
-        self, sources: TensorSources, *, device: torch.device | str = "cpu", cache_bytes: int = 0
+        self,
+        sources: TensorSources,
+        *,
+        device: torch.device | str = "cpu",
+        cache_bytes: int = 0,
+        host_bytes: int = 0,
+        fused: bool = True,
     ) -> None:
         self._sources = sources
         self._device = torch.device(device)
         self._cache = _Cache(cache_bytes)
+        self._host_cache = _Cache(host_bytes)
+        self._on_device: DevicePass | None = None
+        if fused and usable(self._device):
+            there = DeviceSources(sources, self._device, self._cache, self._host_cache)
+            self._on_device = DevicePass(there, self._device, self._cache, self._merge, _not_finite)
         on_cpu = self._device.type == "cpu"
         threads = torch.get_num_threads()
         # torch shares a chunk of more than CHUNK out over its threads; two apiece pay for waking them
@@ -87,6 +103,11 @@ class Merger:
     def cached_bytes(self) -> int:
         """Memory that the cache holds now."""
         return self._cache.used
+
+    @property
+    def fused_on_device(self) -> bool:
+        """Whether the common methods are merged by the accelerator's own kernels."""
+        return self._on_device is not None
 
     def materialize(
         self, plan: MergePlan, only: Container[str] | None = None
@@ -111,9 +132,13 @@ class Merger:
         for op in plan.ops:
             self._check_statistics(op)
         self._cache.begin_pass()
-        for op in plan.ops:
-            if only is None or op.tensor in only:
-                yield op.tensor, self._merge(op)
+        self._host_cache.begin_pass()
+        wanted = (op for op in plan.ops if only is None or op.tensor in only)
+        if self._on_device is not None:
+            yield from self._on_device.run(wanted)
+            return
+        for op in wanted:
+            yield op.tensor, self._merge(op)
 
     def _check_statistics(self, op: TensorOp) -> None:
         kind = METHODS[op.setting.method].spec.needs
@@ -123,18 +148,11 @@ class Merger:
                 raise RecipeError(f"{op.cell}: {lacking(op.setting.method, str(kind), model)}")
 
     def _merge(self, op: TensorOp) -> torch.Tensor:
-        base = self._cache.get(
-            (op.tensor, "base"), lambda: self._sources.base_tensor(op.tensor).to(self._device)
-        )
+        base = self._base(op.tensor)
         if not base.is_floating_point() or not op.setting.models or not base.numel():
             return base
         method = METHODS[op.setting.method]
-        bytes_whole = base.numel() * 4 * len(op.setting.models)
-        on_cpu = self._device.type == "cpu"
-        streamed = on_cpu and method.streams and not self._cache.limit and bytes_whole > WHOLE_BYTES
-        read = (
-            self._streamed if streamed else self._raw if method.compiled and self._compiled else self._delta
-        )
+        read = self._reader(method, base, len(op.setting.models))
         deltas = [
             None if model == self._sources.base_name else read(model, op.tensor, base.reshape(-1))
             for model in op.setting.models
@@ -158,7 +176,7 @@ class Merger:
         merged = torch.empty_like(inputs.base)
         if fits(kernel, inputs.base):
             if not merge(kernel, inputs.base, merged):
-                raise _not_finite(inputs)
+                raise _not_finite(op, base.dtype)
             return merged.reshape(base.shape)
         work = inputs.scratch(1)[0]
         check = torch.zeros((), device=self._device)
@@ -169,8 +187,32 @@ class Merger:
             check += merged[low:high].copy_(part).sum()
         # one test per tensor; a finite tensor whose sum overflows is looked at again
         if not check.isfinite() and not merged.isfinite().all():
-            raise _not_finite(inputs)
+            raise _not_finite(op, base.dtype)
         return merged.reshape(base.shape)
+
+    def _base(self, tensor: str) -> torch.Tensor:
+        if self._on_device is not None:
+            base = self._on_device.sources.base(tensor)
+            self._on_device.sources.arrive()
+            return base
+        read = self._sources.base_tensor
+        return self._cache.get((tensor, "base"), lambda: read(tensor).to(self._device))
+
+    def _reader(self, method: Method, base: torch.Tensor, models: int) -> Read:
+        """How the task vectors of one tensor are read."""
+        if self._on_device is not None:
+            return self._there
+        on_cpu = self._device.type == "cpu"
+        if on_cpu and method.streams and not self._cache.limit and base.numel() * 4 * models > WHOLE_BYTES:
+            return self._sources.streamed_delta
+        return self._raw if method.compiled and self._compiled and base.dtype in DTYPES else self._delta
+
+    def _there(self, model: str, tensor: str, base: torch.Tensor) -> TaskVector | None:
+        """A task vector in float32, where the sources are on the device for its kernels."""
+        assert self._on_device is not None
+        delta = self._on_device.sources.delta(model, tensor, base)
+        self._on_device.sources.arrive()
+        return None if delta is None else delta[:]
 
     def _delta(self, model: str, tensor: str, base: torch.Tensor) -> TaskVector | None:
         """A task vector in float32."""
@@ -184,11 +226,7 @@ class Merger:
     def _raw(self, model: str, tensor: str, base: torch.Tensor) -> TaskVector | None:
         """A task vector in the form that the compiled loops read."""
         held = self._cache.get((tensor, "held", model), lambda: self._sources.held(model, tensor, base))
-        return RawDelta(held, base) if held is not None and held.dtype == torch.bfloat16 else held
-
-    def _streamed(self, model: str, tensor: str, base: torch.Tensor) -> TaskVector | None:
-        """A task vector that is not held whole."""
-        return self._sources.streamed_delta(model, tensor, base)
+        return None if held is None else from_held(held, base)
 
     def statistics(self, model: str, tensor: str, kind: str) -> torch.Tensor | None:
         """Statistics of one tensor in float32 on the merger's device; of a kind that the model carries."""
@@ -204,9 +242,9 @@ class Merger:
         return self._sources.statistics[model].rms(kind)
 
 
-def _not_finite(inputs: TensorInputs) -> RecipeError:
+def _not_finite(op: TensorOp, dtype: torch.dtype) -> RecipeError:
     return RecipeError(
-        f"{inputs.where}: {inputs.setting.method} gives values that are not finite in {inputs.base.dtype}; "
+        f"{op.cell}, tensor `{op.tensor}`: {op.setting.method} gives values that are not finite in {dtype}; "
         "its weights are too large for this tensor, or a source holds such values"
     )
 

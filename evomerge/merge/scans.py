@@ -9,7 +9,7 @@ Imports: numpy, torch, `evomerge.merge.compiled`, `evomerge.sources`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,8 @@ from evomerge.merge.compiled import BLOCK, Array, base_of, located, readable, sh
 from evomerge.sources.streamed import TaskVector
 
 CLASS_BITS = 15  # leading bits that name a class: of float32 the exponent and 7 mantissa bits
-COUNTED = 1 << 20  # entries that torch counts in one step; each step costs one addition per class
+COUNTED = 1 << 20  # entries that torch looks at in one step; each step costs one addition per class
+DEVICE_COUNTED = 1 << 26  # on an accelerator, where each step costs a launch
 
 
 class _Format(NamedTuple):
@@ -54,6 +55,18 @@ def magnitude(delta: TaskVector, word: int) -> float:
     return float(np.array(max(word, 0), np.uint32 if kind is np.float32 else np.uint64).view(kind))
 
 
+def _words(delta: TaskVector) -> Iterator[tuple[int, torch.Tensor]]:
+    """`(low, words of the entries from low on)` in torch's steps."""
+    step = COUNTED if delta.device.type == "cpu" else DEVICE_COUNTED
+    for low in range(0, delta.numel(), step):
+        yield low, _FORMATS[delta.dtype].of(delta[low : low + step])
+
+
+def remembered(delta: TaskVector) -> bool:
+    """Whether to count distinct magnitudes: on a CPU torch takes longer for that than for many queries."""
+    return readable(delta) or delta.device.type != "cpu"
+
+
 def classes(delta: TaskVector) -> tuple[Array, Array, int]:
     """Per class the number of entries and its width: 0 if unknown, see `distinct`; and the number of zeros.
 
@@ -69,30 +82,46 @@ def classes(delta: TaskVector) -> tuple[Array, Array, int]:
         used = np.bitwise_or.reduce(bits).astype(np.int64)
         lowest = np.where(used == 0, 1 << 16, used & -used)  # the lowest bit below the class that is ever set
         return sum(counts), (1 << 16) // lowest, sum(zeros)
-    form = _FORMATS[delta.dtype]
+    low_bits = _FORMATS[delta.dtype].low_bits
     total = torch.zeros(1 << CLASS_BITS, dtype=torch.int64, device=delta.device)
-    none = 0
-    for low in range(0, delta.numel(), COUNTED):
-        block = delta[low : low + COUNTED]
-        total += torch.bincount(form.of(block) >> form.low_bits, minlength=1 << CLASS_BITS)
-        none += block.numel() - int(block.count_nonzero())
-    return total.cpu().numpy(), np.zeros(1 << CLASS_BITS, np.int64), none
+    least, none = torch.full_like(total, 1 << low_bits), torch.zeros_like(total[0])
+    for _, block in _words(delta):
+        number = block >> low_bits
+        total += torch.bincount(number, minlength=1 << CLASS_BITS)
+        none += (block == 0).sum()
+        if remembered(delta):
+            bit = (block & -block).long()
+            least.scatter_reduce_(0, number.long(), bit.masked_fill_(bit == 0, 1 << low_bits), "amin")
+    widths = (1 << low_bits) // least.cpu().numpy() * remembered(delta)
+    return total.cpu().numpy(), widths, int(none)
 
 
 def distinct(delta: TaskVector, widths: Array) -> Array:
     """How often each magnitude occurs of the classes whose width is not 0, class after class.
 
     Args:
-        delta: read by a compiled loop, as widths are known.
+        delta: one that is `remembered`.
         widths: as from `classes`, or 0 for a class that is not wanted.
     """
-    from evomerge.merge._loops import distinct as loop
-
+    low_bits = _FORMATS[delta.dtype].low_bits
     ends = widths.cumsum()
-    places = np.where(widths > 0, ends - widths, -1)
-    shifts = (16 - np.log2(np.maximum(widths, 1))).astype(np.uint32)
-    found: Array = sum(_shared(loop, delta, places, shifts, int(ends[-1])))
-    return found
+    places, size = np.where(widths > 0, ends - widths, -1), int(ends[-1])
+    shifts = (low_bits - np.log2(np.maximum(widths, 1))).astype(np.uint32)
+    if readable(delta):
+        from evomerge.merge._loops import distinct as loop
+
+        found: Array = sum(_shared(loop, delta, places, shifts, size))
+        return found
+    total = torch.zeros(size + 1, dtype=torch.int64, device=delta.device)  # the last one: not wanted
+    first, shift = (torch.from_numpy(x).to(delta.device, torch.int64) for x in (places, shifts))
+    one = total.new_ones(())
+    for _, block in _words(delta):
+        number = (block >> low_bits).long()
+        place = first[number]
+        inside = (block & (1 << low_bits) - 1) >> shift[number]
+        place = torch.where(place < 0, size, place + inside)
+        total.scatter_add_(0, place, one.expand_as(place))
+    return total[:-1].cpu().numpy()
 
 
 def within(delta: TaskVector, number: int) -> tuple[Array, Array]:
@@ -103,17 +132,28 @@ def within(delta: TaskVector, number: int) -> tuple[Array, Array]:
         often = sum(_shared(loop, delta, np.uint32(number)))
         used = np.flatnonzero(often)[::-1]
         return used + first_word(delta, number), often[used]
-    form, found = _FORMATS[delta.dtype], []
-    for low in range(0, delta.numel(), COUNTED):
-        block = form.of(delta[low : low + COUNTED])
-        found.append(block[block >> form.low_bits == number])
+    low_bits = _FORMATS[delta.dtype].low_bits
+    found = [block[block >> low_bits == number] for _, block in _words(delta)]
     words, counts = np.unique(torch.cat(found).cpu().numpy(), return_counts=True)
     return words[::-1], counts[::-1]
 
 
+def select(delta: TaskVector, number: int, size: int, k: int) -> tuple[torch.Tensor, ...]:
+    """Of the k-th largest entry in a class of `size` entries, on its device and without waiting for it.
+
+    Returns:
+        Its word, how often that occurs, and which of these it is: `()` int64.
+    """
+    form, entries = _FORMATS[delta.dtype], delta[:]
+    places = torch.nonzero_static(form.of(entries) >> form.low_bits == number, size=size).flatten()
+    values = entries[places].abs_()
+    value = values.kthvalue(size + 1 - k).values
+    above = (values > value).sum()
+    return value.view(form.integers).long(), (values >= value).sum() - above, k - above
+
+
 def place(delta: TaskVector, word: int, count: int) -> int:
     """Flat index of the `count`-th entry, from 1, that has this word."""
-    form = _FORMATS[delta.dtype]
     if readable(delta):
         from evomerge.merge._loops import equal_counts as loop
         from evomerge.merge._loops import nth
@@ -121,15 +161,15 @@ def place(delta: TaskVector, word: int, count: int) -> int:
         counts = np.empty(-(-delta.numel() // BLOCK), np.int32)
         _shared(loop, delta, np.uint32(word), counts)
         reach = counts.cumsum()
-        block = int(np.searchsorted(reach, count))
-        ((address,), (raw,)), before = located([delta]), int(reach[block] - counts[block])
-        low, high = block * BLOCK, min((block + 1) * BLOCK, delta.numel())
+        number = int(np.searchsorted(reach, count))
+        ((address,), (raw,)), before = located([delta]), int(reach[number] - counts[number])
+        low, high = number * BLOCK, min((number + 1) * BLOCK, delta.numel())
         return int(nth(address, raw, base_of(delta), np.uint32(word), count - before, low, high))
-    for low in range(0, delta.numel(), COUNTED):
-        some = int((form.of(delta[low : low + COUNTED]) == word).sum())
+    for low, block in _words(delta):
+        equal = block.eq(word)
+        some = int(equal.sum())
         if count <= some:
-            equal = torch.nonzero(form.of(delta[low : low + COUNTED]) == word)
-            return low + int(equal[count - 1])
+            return low + int(torch.nonzero(equal)[count - 1])
         count -= some
     raise AssertionError("the task vector is not the one that was indexed")
 

@@ -151,9 +151,9 @@ class SourceSet:
         return moved + product
 
     def held(self, model: str, name: str, base: torch.Tensor) -> torch.Tensor | None:
-        """As `delta`, but flat, and where model and `base` are bfloat16 the model's own entries in its place.
+        """As `delta`, but flat; the model's own entries where model and `base` are both bfloat16 or float16.
 
-        They are half as large, and a `RawDelta` of both is the task vector.
+        They are half as large; `streamed.from_held` makes a task vector of either.
 
         Args:
             base: as for `streamed_delta`.
@@ -244,10 +244,10 @@ def _open(ref: SourceRef, where: str) -> Checkpoint | Adapter:
 
 
 def own_or_delta(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
-    """`tensor` where both are bfloat16, otherwise the float32 task vector; None when they are equal."""
+    """`tensor` where both are of one 16-bit dtype, else the float32 task vector; None when they are equal."""
     import torch
 
-    if tensor.dtype == base.dtype == torch.bfloat16:
+    if tensor.dtype == base.dtype and tensor.dtype.itemsize == 2:
         return None if torch.equal(tensor, base) else tensor
     return task_vector(tensor, base)
 

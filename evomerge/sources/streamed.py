@@ -42,11 +42,11 @@ class TaskVector(Protocol):
 class RawDelta:
     """float32(source) - float32(base) of two tensors in memory.
 
-    It takes half the memory of the differences, and the compiled loops read no more than that.
+    It takes half the memory of the differences, and the compiled loops and a GPU's kernels read no more.
 
     Attributes:
-        source: the model's own entries, `(n,)` bfloat16, contiguous, on the CPU.
-        base: the base's, alike.
+        source: the model's own entries, `(n,)` bfloat16 or float16, contiguous.
+        base: the base's, alike and on the same device.
     """
 
     source: torch.Tensor
@@ -61,7 +61,7 @@ class RawDelta:
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
+        """Where both are."""
         return self.source.device
 
     def numel(self) -> int:
@@ -71,6 +71,13 @@ class RawDelta:
     def __getitem__(self, part: slice) -> torch.Tensor:
         """A new float32 tensor with the entries of a slice without step."""
         return self.source[part].float().sub_(self.base[part])
+
+
+def from_held(held: torch.Tensor, base: torch.Tensor) -> TaskVector:
+    """The task vector that `SourceSet.held` gave: flat, with the flat `base` beside it on its device."""
+    import torch
+
+    return held if held.dtype == torch.float32 else RawDelta(held, base)
 
 
 class StreamedDelta:

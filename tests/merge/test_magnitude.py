@@ -25,13 +25,15 @@ def bf16_delta(n: int, seed: int) -> torch.Tensor:
     return raw_delta(n, seed)[:]
 
 
-@pytest.fixture(params=["compiled", "torch"], autouse=True)
+@pytest.fixture(params=["compiled", "torch", "accelerator"], autouse=True)
 def way(request, monkeypatch):
     """Who scans the task vectors."""
-    if request.param == "torch":
+    if request.param != "compiled":
         monkeypatch.setattr(scans, "readable", lambda delta: False)
+        monkeypatch.setattr(scans, "remembered", lambda delta: request.param == "accelerator")
     elif not available():
         pytest.skip("the loops are compiled by numba")
+    return request.param
 
 
 DELTAS = {
@@ -158,3 +160,24 @@ def test_indexing_does_not_change_the_task_vector():
     delta = -torch.arange(5.0)
     MagnitudeIndex(delta)
     assert torch.equal(delta, -torch.arange(5.0))
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("name", DELTAS)
+def test_the_choice_is_that_of_the_cut_whether_or_not_magnitudes_are_remembered(name, early, monkeypatch):
+    delta = DELTAS[name]
+    size, known = delta[:].abs(), MagnitudeIndex(delta)
+    monkeypatch.setattr("evomerge.merge.magnitude.WORTH", 1 << 60)
+    for index in (known, MagnitudeIndex(delta)):
+        for k in some_counts(delta.numel()):
+            cut, found = known.largest(delta, k, early=early), index.choice(delta, k, early=early)
+            assert scans.magnitude(delta, int(found.word)) == cut.threshold
+            assert found.early == cut.early
+            if cut.threshold:
+                assert int(found.before) == int((size[: cut.last + 1] == cut.threshold).sum()), k
+
+
+def test_a_threshold_that_is_remembered_is_a_number_of_the_host(way):
+    delta = bf16_delta(40_001, 1)
+    found = MagnitudeIndex(delta).choice(delta, 8000).word
+    assert isinstance(found, torch.Tensor if way == "torch" else int)

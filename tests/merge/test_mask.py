@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import evomerge.merge.packed  # noqa: F401  before a test puts something else in the place of `Drawn`
 from evomerge.merge.mask import Mask, keep_mask, keep_mask_by_class, keys_of
 from evomerge.recipe import Setting
 

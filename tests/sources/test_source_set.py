@@ -15,6 +15,7 @@ from evomerge.errors import CompatibilityError, SourceError
 from evomerge.recipe import Cell
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
+from evomerge.sources.streamed import from_held
 from tests.tiny import VOCAB, tiny_adapter, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -80,6 +81,23 @@ def test_an_equal_tensor_has_no_delta(base: Path, tmp_path: Path):
     sources = open_set(base, tuned=tuned)
     assert sources.may_change("tuned", Q_PROJ)
     assert sources.delta("tuned", Q_PROJ) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_is_held_is_the_delta_and_half_as_large_where_model_and_base_have_16_bits(dtype, tmp_path: Path):
+    start = (torch.arange(64 * 64).reshape(64, 64) / 4096).to(dtype)
+    base = edit(tiny_model(tmp_path / "base"), {Q_PROJ: start})
+    tuned = edit(tiny_model(tmp_path / "tuned"), {Q_PROJ: start * 2})
+    wide = edit(tiny_model(tmp_path / "wide"), {Q_PROJ: start.double() + 1})
+    same = edit(tiny_model(tmp_path / "same"), {Q_PROJ: start})
+    sources = open_set(base, tuned=tuned, wide=wide, same=same, lora=tiny_adapter(tmp_path / "lora", base))
+    flat = start.reshape(-1)
+    for model, own in [("tuned", dtype), ("wide", torch.float32), ("lora", torch.float32)]:
+        held, delta = sources.held(model, Q_PROJ, flat), sources.delta(model, Q_PROJ)
+        assert held is not None
+        assert held.dtype == own
+        assert torch.equal(from_held(held, flat)[:], delta.reshape(-1))
+    assert sources.held("same", Q_PROJ, flat) is None
 
 
 def test_a_model_in_another_dtype_is_compared_by_value(base: Path, tmp_path: Path):

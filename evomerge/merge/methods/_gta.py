@@ -109,12 +109,25 @@ def gta(inputs: TensorInputs, *, sparsify: Sparsify | None, consensus: bool) -> 
         return lambda low, high, out: None
     normalized, scale = bool(inputs.parameter("normalize")), float(inputs.parameter("lambda"))
     elected = consensus and len(terms) > 1
-    # a single term always agrees with itself: its divisor is its own weight
-    total = terms[0].weight if consensus else math.fsum(inputs.values("weight"))
-    small = not consensus and abs(total) < SMALLEST_DIVISOR
-    divisor = total if normalized and not small and not elected else 1.0
+    divisor = divisor_of([term.weight for term in terms], inputs.values("weight"), normalized, consensus)
     scratch = inputs.scratch(len(terms) + 3 if elected else 2)
     return GtaKernel(tuple(terms), elected, normalized, divisor, scale, scratch)
+
+
+def divisor_of(taking_part: list[float], weights: list[float], normalized: bool, consensus: bool) -> float:
+    """What the sum of the terms is divided by; 1 where election divides every entry by its own sum.
+
+    Args:
+        taking_part: weights of the terms, one or more.
+        weights: of all models, those that have no term too.
+        normalized: the parameter `normalize`.
+        consensus: as for `gta`.
+    """
+    if not normalized or (consensus and len(taking_part) > 1):
+        return 1.0
+    # a single term always agrees with itself: its divisor is its own weight
+    total = taking_part[0] if consensus else math.fsum(weights)
+    return total if consensus or abs(total) >= SMALLEST_DIVISOR else 1.0
 
 
 def _term(
