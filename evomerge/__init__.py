@@ -17,9 +17,9 @@ _WHERE = {
     "SearchSpace": "evomerge.space",
     "Suite": "evomerge.evaluate.task",
     "Study": "evomerge.study.study",
-    "evaluate_model": "evomerge.build",
+    "evaluate_model": "evomerge.model",
     "load_config": "evomerge.config",
-    "merge_model": "evomerge.build",
+    "merge_model": "evomerge.model",
     "resume_search": "evomerge.build",
     "run_search": "evomerge.build",
 }

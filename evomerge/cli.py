@@ -150,7 +150,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge a recipe into a model folder, one tensor at a time; goes on where a killed merge stopped."""
-    from evomerge.build import merge_model
+    from evomerge.model import merge_model
 
     written = merge_model(
         recipe,
@@ -179,9 +179,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a model or a recipe on a task suite."""
-    from evomerge.build import evaluate_model
     from evomerge.errors import ConfigError
     from evomerge.evaluate.items import check_split
+    from evomerge.model import evaluate_model
     from evomerge.resources import find_resource
 
     chosen = check_split(split, "--split", ConfigError)

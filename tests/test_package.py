@@ -34,6 +34,7 @@ ORDER = (
     "study",
     "report",
     "export",
+    "model",
     "config",
     "build",
     "template",

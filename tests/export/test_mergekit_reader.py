@@ -461,8 +461,8 @@ def test_a_key_given_twice_is_refused(tmp_path: Path):
 
 
 def test_the_merge_command_takes_both_kinds_of_file(family: SourceSet, tmp_path: Path):
-    from evomerge.build import merge_model
     from evomerge.export.recipe_file import recipe_document, write_yaml
+    from evomerge.model import merge_model
     from evomerge.recipe import Recipe, Setting
 
     setting = Setting("task_arithmetic", {}, {"math": {"weight": 0.6}, "far": {"weight": 0.7}})

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evomerge.build import open_recipe
 from evomerge.errors import ConfigError, RecipeError, SourceError
 from evomerge.export.recipe_file import dump_yaml, read_recipe, recipe_document, write_yaml
+from evomerge.model import open_recipe
 from evomerge.recipe import Cell, Recipe, Setting
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet

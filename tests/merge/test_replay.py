@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomerge.build import merge_model
 from evomerge.errors import ConfigError, RecipeError
 from evomerge.export.mergekit_merge import merge_mergekit
+from evomerge.model import merge_model
 from tests.conftest import Command
 from tests.export.conftest import weights_of
 from tests.tiny import tiny_adapter, tiny_model

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomerge.build import merge_model
 from evomerge.errors import RecipeError
 from evomerge.export.bundle import buffer_notes, export_model, rank_notes
 from evomerge.export.mergekit import mergekit_documents, mergekit_text, places
 from evomerge.merge.methods import SPECS
+from evomerge.model import merge_model
 from evomerge.recipe import Cell, Recipe, Setting
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet

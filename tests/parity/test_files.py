@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evomerge.build import merge_model
 from evomerge.export.mergekit_reader import read_mergekit
+from evomerge.model import merge_model
 from evomerge.recipe import Setting
 from tests.export.conftest import weights_of
 from tests.parity.compare import COUNTS, at_the_cut, beyond_rounding, checked_form, unequal_bits

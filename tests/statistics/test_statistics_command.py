@@ -13,13 +13,14 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from evomerge.build import Parts, open_recipe
+from evomerge.build import Parts
 from evomerge.config import load_config
 from evomerge.errors import CompatibilityError, ConfigError, RecipeError, SourceError
 from evomerge.export.recipe_file import recipe_document, write_yaml
 from evomerge.merge.merger import Merger
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import MergePlan
+from evomerge.model import open_recipe
 from evomerge.recipe import Recipe, Setting
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
