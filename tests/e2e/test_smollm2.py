@@ -85,6 +85,7 @@ def test_a_short_run_ends_with_a_proven_and_exported_winner(tmp_path: Path):
     data["search"] = {"population_size": 4}
     data["selection"] = {"top": 1}
     data["export"] = {"model": False}
+    data["engine"] = {"kind": "transformers"}
     data["fitness"] = str(ROOT / "fitness" / "spanish_math.yaml")
     example = ROOT / "examples" / "smollm2"
     data["base_model"] = str(example / "base")
@@ -94,7 +95,11 @@ def test_a_short_run_ends_with_a_proven_and_exported_winner(tmp_path: Path):
     result = evomerge.run_search(run_file)
     assert {"base", "math", "spanish", "extract", "uniform average"} <= {e.label for e in result.entries}
     scores, _ = evomerge.evaluate_model(
-        tmp_path / "short" / "best" / "recipe.yaml", data["fitness"], split="held_out", limit=4
+        tmp_path / "short" / "best" / "recipe.yaml",
+        data["fitness"],
+        split="held_out",
+        limit=4,
+        engine="transformers",
     )
     assert {task: s.mean for task, s in scores.items()} == {
         task: s.mean for task, s in (result.winner.tasks or {}).items()
