@@ -12,10 +12,13 @@ from __future__ import annotations
 import glob
 import json
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import optuna
@@ -115,7 +118,8 @@ class TrialLog:
     def _errors(self) -> Iterator[None]:
         """What a file system, a database or Optuna raises, as `StorageError`."""
         try:
-            yield
+            with _uninterrupted():
+                yield
         except ImportError as error:
             raise StorageError(
                 f"{self.location}: the database's driver is missing ({error}); install it"
@@ -187,6 +191,32 @@ def _damage(location: str) -> str:
     lines = b"" if "://" in location else _whole_lines(Path(location).read_bytes())
     numbers = (n for n, line in enumerate(lines.splitlines(), start=1) if not _is_json(line))
     return next((f":{number}" for number in numbers), "")
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, the second one does not.
+
+    Optuna's journal would be left with half a lock, and the command would end with that error.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[int] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if len(came) == 1:
+            before(came[0], None)
 
 
 @contextmanager

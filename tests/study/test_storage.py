@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 
 import optuna
 import pytest
@@ -213,3 +214,28 @@ def test_a_journal_line_is_one_trial(tmp_path):
     content = path.read_bytes()
     assert content.startswith(before)
     assert json.loads(content[len(before) :])["user_attrs"]["label"] == "ties"
+
+
+def test_ctrl_c_in_the_middle_of_a_write_waits_until_the_trial_is_written(tmp_path, monkeypatch):
+    log = TrialLog(at(tmp_path), "run", exclusive=True)
+    rename, pressed = os.rename, []
+
+    def interrupted(*paths: str) -> None:
+        """Giving up the journal's lock, the moment at which half a lock could be left."""
+        if not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+        rename(*paths)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                log.add(TRIALS[0], PARAMETERS)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    log.add(TRIALS[1], PARAMETERS)
+    log.close()
+    assert list(TrialLog(at(tmp_path), "run")) == TRIALS[:2]
