@@ -85,6 +85,11 @@ def reference(sources: SourceSet) -> Iterator[Engine]:
     made.close()
 
 
+def children() -> set[int]:
+    """Processes that run below this one; those of the module's own engine among them."""
+    return {process.pid for process in living(psutil.Process().children(recursive=True))}
+
+
 def everywhere(sources: SourceSet, method: str, **models: dict[str, float]) -> Recipe:
     cells = sources.layout().by_cell
     return Recipe("base", sources.models, dict.fromkeys(cells, Setting(method, {}, models)), seed=5)
@@ -213,10 +218,10 @@ def test_an_option_that_evomerge_sets_is_refused_before_anything_starts(sources:
 
 
 def test_an_engine_that_cannot_start_says_why_and_leaves_nothing_behind(sources: SourceSet):
+    before = children()
     with pytest.raises(EngineError, match=r"vLLM does not start: .*tensor parallel size"):
         started(sources, options={"tensor_parallel_size": 3})
-    children = living(psutil.Process().children(recursive=True))
-    assert [child for child in children if "vllm_host" in str(child.cmdline())] == []
+    assert children() == before
 
 
 def test_a_hung_engine_is_ended_after_the_timeout(sources: SourceSet):
@@ -239,7 +244,7 @@ def test_a_prompt_that_is_too_long_names_the_option(sources: SourceSet):
 
 
 def test_an_engine_killed_in_mid_generation_is_started_again_with_the_next_candidate(sources: SourceSet):
-    engine = started(sources)
+    others, engine = children(), started(sources)
     engine.load(recipes(sources)[1])
     request = [GenerateRequest("a b c", 8)]
     before, pid = engine.generate(request), engine.pid
@@ -254,7 +259,7 @@ def test_an_engine_killed_in_mid_generation_is_started_again_with_the_next_candi
     assert engine.generate(request) == before
     assert engine.pid != pid
     engine.close()
-    assert living(psutil.Process().children(recursive=True)) == []
+    assert children() == others
 
 
 def test_two_workers_hold_together_what_one_holds(sources: SourceSet, reference: Engine):
@@ -296,7 +301,7 @@ def test_a_search_whose_engine_is_killed_twice_goes_on_and_loses_no_trial(world:
     world.run["engine"] = {"kind": "vllm", "dtype": "float32", "cache_gb": 0.1, "options": OPTIONS}
     world.run["budget"] = {"trials": 16}
     world.write()
-    parts = Parts.open(load_config(world.run_file))
+    parts, others = Parts.open(load_config(world.run_file)), children()
     warnings: list[str] = []
 
     class Killer(Observer):
@@ -309,9 +314,8 @@ def test_a_search_whose_engine_is_killed_twice_goes_on_and_loses_no_trial(world:
         engine = make_engine(parts, run.engine)
         assert isinstance(engine, VllmEngine)
         result = run.search(engine, Killer())
-        tree = psutil.Process().children(recursive=True)
         engine.close()
-    assert living(tree) == []
+    assert children() == others
     assert sum("ended by SIGKILL" in warning for warning in warnings) == 2
     outcome = json.loads((world.run_dir / "outcome.json").read_text(encoding="utf-8"))
     assert outcome["winner"] == result.winner.label
