@@ -94,7 +94,7 @@ class StageConfig(Section):
 
 
 DEFAULT_STAGES = (
-    StageConfig(space=("global", "ties"), sigma=0.3, share=0.25),
+    StageConfig(space=("global", "ties"), sigma=0.15, share=0.25),
     StageConfig(space=("modules", "ties_modules"), sigma=0.12, share=0.35),
     StageConfig(space=("blocks", "ties_blocks"), sigma=0.1, share=0.4),
 )

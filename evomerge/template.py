@@ -37,7 +37,7 @@ search:
   stages:                           # from coarse to fine; each begins at the best of the one before
     # Of a list of spaces, the first is taken that can say the best recipe so far exactly: task arithmetic
     # or TIES, whichever the fixed recipes favour.
-    - {space: [global, ties], sigma: 0.3, share: 0.25}            # one weight per model
+    - {space: [global, ties], sigma: 0.15, share: 0.25}           # one weight per model
     - {space: [modules, ties_modules], sigma: 0.12, share: 0.35}  # attention, mlp and the rest apart
     - {space: [blocks, ties_blocks], sigma: 0.1, share: 0.4}      # blocks of layers, attention and mlp apart
   # other ready-made spaces: smooth; lines; mixed (with optimizer mixed or tpe); or a path to your own
