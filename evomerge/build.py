@@ -116,7 +116,7 @@ def make_engine(parts: Parts, kind: Kind | None = None) -> Engine:
     return open_engine(
         parts.sources,
         parts.layout,
-        **{**settings, "kind": kind or settings["kind"]},
+        **{**settings, "kind": kind or parts.engine},
         log=run_dir / ENGINE_LOG if run_dir.is_dir() else None,
     )
 

@@ -23,12 +23,25 @@ from typing import Any
 
 import psutil
 
-from evomerge.errors import EngineError
+import evomerge.errors
+from evomerge.errors import EngineError, EvomergeError
 
 Message = dict[str, Any]
 
 ALIVE = {"alive": True}  # what the process sends while it works, to show that it does
 END_SECONDS = 30.0  # for a process tree to be gone after it was killed
+GRACE_SECONDS = 2.0  # between the end of the other side and ours, for an idle process to end in order
+
+
+def told(error: EvomergeError) -> Message:
+    """One of our errors as a message."""
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def raise_told(message: Message) -> None:
+    """Raise the error that a message tells of, if it tells of one."""
+    if "error" in message:
+        raise getattr(evomerge.errors, message["error"])(message["message"])
 
 
 class Child:
@@ -171,6 +184,3 @@ def _end_with(line: int) -> None:
     os.read(line, 1)
     time.sleep(GRACE_SECONDS)
     os.killpg(0, signal.SIGKILL)
-
-
-GRACE_SECONDS = 2.0  # between the end of the other side and ours, for an idle process to end in order

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import evomerge.errors
 from evomerge.engine import vllm_compat
 from evomerge.engine.base import (
     Completion,
@@ -25,9 +24,9 @@ from evomerge.engine.base import (
     LikelihoodRequest,
     Loaded,
 )
-from evomerge.engine.child import Child, Message
+from evomerge.engine.child import Child, Message, raise_told
 from evomerge.engine.memory import delta_bytes
-from evomerge.errors import EngineError
+from evomerge.errors import EngineError, RecipeError
 from evomerge.recipe import Recipe, Setting
 from evomerge.sources.layout import Layout
 from evomerge.sources.source_set import SourceSet
@@ -127,9 +126,8 @@ class VllmEngine:
             raise EngineError("the engine holds no candidate: its process has ended; load a recipe first")
         try:
             answer = self._child.ask({"do": do, "with": arguments}, seconds)
-            if "error" in answer:
-                raise getattr(evomerge.errors, answer["error"])(answer["message"])
-        except evomerge.errors.RecipeError:
+            raise_told(answer)
+        except RecipeError:
             raise
         except BaseException:
             child, self._child = self._child, None

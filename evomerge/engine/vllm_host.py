@@ -22,7 +22,7 @@ from typing import Any
 
 from evomerge.engine import vllm_compat
 from evomerge.engine.base import GenerateRequest, LikelihoodRequest
-from evomerge.engine.child import Message, serve
+from evomerge.engine.child import Message, raise_told, serve, told
 from evomerge.engine.memory import MemoryPlan, plan_accelerator, plan_host
 from evomerge.engine.prompts import PromptEncoder
 from evomerge.engine.transformers_engine import pick_dtype
@@ -39,7 +39,6 @@ class Host:
     def __init__(self) -> None:
         self._alive: Callable[[], None] = lambda: None
         self._llm: Any = None
-        self._world = 1
         self._comparable = False
 
     def answer(self, message: Message, alive: Callable[[], None]) -> Message:
@@ -48,11 +47,10 @@ class Host:
         try:
             done: Message = getattr(self, message["do"])(**message["with"])
         except EvomergeError as error:
-            return {"error": type(error).__name__, "message": str(error)}
+            return told(error)
         except Exception as error:
             traceback.print_exc()
-            told = f"vLLM failed: {type(error).__name__}: {_first_line(error)}"
-            return {"error": "EngineError", "message": told}
+            return told(EngineError(f"vLLM failed: {type(error).__name__}: {_first_line(error)}"))
         return done
 
     def start(
@@ -82,7 +80,6 @@ class Host:
             raise EngineError(f"vLLM does not start: {_first_line(error)}") from error
         self._alive()
         config = self._llm.llm_engine.vllm_config
-        self._world = config.parallel_config.world_size
         self._longest = config.model_config.max_model_len
         self._prompts = _encoder(folder)
         before = self._probe()
@@ -96,7 +93,7 @@ class Host:
                 "device": current_platform.device_type,
                 "dtype": str(config.model_config.dtype).removeprefix("torch."),
                 "max_model_len": self._longest,
-                "workers": self._world,
+                "workers": config.parallel_config.world_size,
                 "task vectors": f"{plan}, each worker",
                 "weights checked": "every swap" if self._comparable else "at the start only",
             }
@@ -192,10 +189,7 @@ class Host:
         answers = [json.loads(answer) for answer in self._llm.collective_rpc(method, args=(argument,))]
         self._alive()
         for answer in answers:
-            if "error" in answer:
-                import evomerge.errors
-
-                raise getattr(evomerge.errors, answer["error"])(answer["message"])
+            raise_told(answer)
         return answers
 
     def _forget(self) -> None:
@@ -204,7 +198,7 @@ class Host:
             raise EngineError("vLLM does not drop its prefix cache; scores would mix two candidates")
 
     def _probe(self) -> list[Any]:
-        """Greedy answers and their log-probabilities to made-up prompts, longer than a cache block.
+        """Greedy answers to made-up prompts, longer than a cache block.
 
         Raises:
             EngineError: a part of a prompt was found in the prefix cache.
@@ -214,9 +208,7 @@ class Host:
         length = min(PROBE_TOKENS, self._longest - PROBE_ANSWER)
         vocabulary = self._llm.llm_engine.vllm_config.model_config.get_vocab_size()
         prompts = [[(97 * i + 31 * k + 7) % vocabulary for i in range(length)] for k in range(PROBES)]
-        greedy = SamplingParams(
-            temperature=0.0, max_tokens=PROBE_ANSWER, logprobs=0, ignore_eos=True, detokenize=False
-        )
+        greedy = SamplingParams(temperature=0.0, max_tokens=PROBE_ANSWER, ignore_eos=True, detokenize=False)
         outputs = self._run(prompts, [greedy] * PROBES)
         if any(output.num_cached_tokens for output in outputs):
             raise EngineError(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from evomerge.engine.child import told
 from evomerge.errors import EngineError, EvomergeError, RecipeError
 from evomerge.merge.fingerprint import bit_sum, checksum, combine
 from evomerge.merge.merger import Merger
@@ -52,7 +53,7 @@ def _answer(call: Any) -> str:
     try:
         return json.dumps(call())
     except EvomergeError as error:
-        return json.dumps({"error": type(error).__name__, "message": str(error)})
+        return json.dumps(told(error))
 
 
 @dataclass
