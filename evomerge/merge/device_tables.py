@@ -20,8 +20,10 @@ from evomerge.merge.device_sources import Cache
 from evomerge.merge.magnitude import Choice, MagnitudeIndex
 from evomerge.merge.mask import keys_of, threshold, thresholds
 from evomerge.merge.methods._gta import SMALLEST_NORM, divisor_of
+from evomerge.merge.methods.breadcrumbs import counts_of
 from evomerge.merge.methods.della import keep_probabilities, row_length, row_ranks
 from evomerge.merge.methods.linear import SMALLEST_SUM
+from evomerge.merge.methods.ties import kept_of
 from evomerge.merge.plan import TensorOp
 from evomerge.sources.streamed import RawDelta, TaskVector
 
@@ -221,14 +223,13 @@ class Tables:
     def _cut(self, job: Job, term: Term, model: str, begin: int) -> list[int]:
         """The thresholds of one term, as `ties` and `breadcrumbs` find them."""
         values, n = job.op.setting.models[model], job.base.numel()
-        early, outliers = "gamma" not in values, 0
-        kept = int(values["density"] * n)
+        early = "gamma" not in values
         if early:
-            kept = max(1, kept)
-        elif kept == 0:
-            return NOTHING
+            outliers, kept = 0, kept_of(values["density"], n)
         else:
-            outliers = min(int(values["gamma"] * n), n - kept)
+            outliers, kept = counts_of(values["density"], values["gamma"], n)
+        if kept == 0:
+            return NOTHING
         delta = term.delta
         index = self._cache.get((job.op.tensor, "once", ("magnitudes", model)), lambda: MagnitudeIndex(delta))
         row = self._words(begin + CUTS[0], index.choice(delta, outliers + kept, early=early))

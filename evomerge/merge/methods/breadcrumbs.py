@@ -23,16 +23,21 @@ GAMMA = ParameterSpec(
 )
 
 
+def counts_of(density: float, gamma: float, n: int) -> tuple[int, int]:
+    """How many of `n` entries are dropped as the largest, and how many of the rest are kept, perhaps none."""
+    kept = int(density * n)
+    return min(int(gamma * n), n - kept), kept
+
+
 def band(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Kept:
     """The `int(density * n)` largest magnitudes below the outliers; nothing when that number is 0."""
     from evomerge.merge.magnitude import NOTHING, MagnitudeIndex
 
     n, model = delta.numel(), inputs.models[index]
-    kept = int(density * n)
+    outliers, kept = counts_of(density, inputs.values("gamma")[index], n)
     if kept == 0:
         return NOTHING
     ranks = inputs.once(("magnitudes", model), lambda: MagnitudeIndex(delta))
-    outliers = min(int(inputs.values("gamma")[index] * n), n - kept)
     return ranks.between(delta, outliers, kept)
 
 

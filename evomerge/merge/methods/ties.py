@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from evomerge.sources.streamed import TaskVector
 
 
+def kept_of(density: float, n: int) -> int:
+    """How many of `n` entries are kept, at least one."""
+    return max(1, int(density * n))
+
+
 def trim(inputs: TensorInputs, index: int, delta: TaskVector, density: float) -> Kept:
-    """The `max(1, int(density * n))` largest magnitudes; among equal ones the first in flat order."""
+    """The `kept_of(density, n)` largest magnitudes; among equal ones the first in flat order."""
     from evomerge.merge.magnitude import MagnitudeIndex
 
     model = inputs.models[index]
     ranks = inputs.once(("magnitudes", model), lambda: MagnitudeIndex(delta))
-    return ranks.largest(delta, max(1, int(density * delta.numel())))
+    return ranks.largest(delta, kept_of(density, delta.numel()))
 
 
 METHODS = (
