@@ -37,7 +37,6 @@ from evomerge.study.scoring import Scorebook
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = ("cma", "mixed", "tpe", "random")
-WITH_POPULATION = ("cma", "mixed")
 SCALES = (0.3, 0.7)  # of task arithmetic, beside the demo's own
 ITEMS = {"calibration": 16, "selection": 32, "held_out": 96}
 COMPOSITE = "spanish_math"
@@ -75,8 +74,6 @@ def write_run(folder: Path, optimizer: str, seed: int, item_evaluations: int) ->
     data["items"] = ITEMS
     data["budget"] = {"item_evaluations": item_evaluations}
     data["search"] = {**data.get("search", {}), "optimizer": optimizer}
-    if optimizer not in WITH_POPULATION:
-        del data["search"]["population_size"]
     data["selection"] = {"top": 3}
     data["fixed"] = {**data.get("fixed", {}), "screen_items": 8}
     data["export"] = {"model": False}
