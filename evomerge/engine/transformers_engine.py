@@ -133,7 +133,7 @@ class TransformersEngine:
         """Merge `recipe` into the model; see `Engine.load`."""
         start = time.perf_counter()
         plan = MergePlan.compile(recipe, self._layout, SPECS)
-        changed = {op.tensor: op.digest for op in plan.ops if self._held.get(op.tensor) != op.digest}
+        changed = {op.tensor: op for op in self._merger.changed(plan, self._held)}
         with _machine_errors("merging"):
             for name, tensor in self._merger.materialize(plan, only=changed):
                 weight = self._weights.get(name)
@@ -143,7 +143,7 @@ class TransformersEngine:
                 self._held.pop(name, None)
                 weight.copy_(tensor)
                 self._checksums[name] = checksum(tensor.to(weight.dtype))
-                self._held[name] = changed[name]
+                self._held[name] = self._merger.digest(changed[name])
             self._verify(changed)
         return Loaded(time.perf_counter() - start, len(changed), combine(self._checksums))
 

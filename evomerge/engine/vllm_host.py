@@ -102,8 +102,8 @@ class Host:
     def load(self, *, recipe: Mapping[str, Any]) -> Message:
         """Merge a recipe into the weights, drop cached keys and values, compare."""
         start = time.perf_counter()
-        reports = self._ask_workers("evomerge_load", json.dumps(recipe))
-        self._forget()
+        # Where sums cannot tell what is held, nothing may be taken for granted.
+        reports = self._load(recipe, whole=not self._comparable)
         if self._comparable and not _agree(reports):
             raise EngineError(
                 "the engine does not hold what was merged (the sums of the weights differ); the trial is not "
@@ -185,6 +185,12 @@ class Host:
                 f"{prompt[:60]!r}"
             )
 
+    def _load(self, recipe: Mapping[str, Any], *, whole: bool) -> list[dict[str, Any]]:
+        """Reports of the workers on a recipe; keys and values of other weights are dropped."""
+        reports = self._ask_workers("evomerge_load", json.dumps({"recipe": recipe, "whole": whole}))
+        self._forget()
+        return reports
+
     def _ask_workers(self, method: str, argument: str) -> list[dict[str, Any]]:
         answers = [json.loads(answer) for answer in self._llm.collective_rpc(method, args=(argument,))]
         self._alive()
@@ -233,8 +239,7 @@ class Host:
         reports = []
         for recipe in (base, candidate, base):
             if recipe is not None:
-                reports.append(self._ask_workers("evomerge_load", json.dumps(recipe)))
-                self._forget()
+                reports.append(self._load(recipe, whole=True))
                 after = self._probe()
         if after != before:
             raise EngineError(

@@ -10,16 +10,18 @@ Imports: torch; `merge`, `sources`. vLLM is never imported: it is what calls.
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from evomerge.engine.child import told
 from evomerge.errors import EngineError, EvomergeError, RecipeError
-from evomerge.merge.fingerprint import bit_sum, checksum, combine
+from evomerge.merge.fingerprint import bit_sum, checksum, combine, wrapped
 from evomerge.merge.merger import Merger
 from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan
@@ -43,9 +45,14 @@ class Extension:
 
         return _answer(open_sources)
 
-    def evomerge_load(self, recipe: str) -> str:
-        """Merge a recipe (JSON) into this worker's weights; answers a `Report` or an error."""
-        return _answer(lambda: vars(self._evomerge_holder.load(Recipe.from_json(json.loads(recipe)))))
+    def evomerge_load(self, order: str) -> str:
+        """Merge a recipe into this worker's weights; answers a `Report` or an error.
+
+        The order (JSON) has the arguments of `Holder.load`, the recipe as JSON among them.
+        """
+        wanted = json.loads(order)
+        wanted["recipe"] = Recipe.from_json(wanted["recipe"])
+        return _answer(lambda: vars(self._evomerge_holder.load(**wanted)))
 
 
 def _answer(call: Any) -> str:
@@ -63,8 +70,8 @@ class Report:
     Attributes:
         merge_seconds, swap_seconds, check_seconds: merging, vLLM's loading, comparing.
         tensors: tensors streamed.
-        fingerprint: of the merged tensors; equal in all workers.
-        merged: `bit_sum` of the merged tensors in the engine's dtype; equal in all workers.
+        fingerprint: of all merged tensors; equal in all workers.
+        merged: `bit_sum` of all merged tensors in the engine's dtype; equal in all workers.
         held: the same of this worker's weights. What several workers hold alike counts in one of them, so
             that the workers' sums add up to `merged`.
     """
@@ -107,29 +114,45 @@ class Holder:
             self._sources, device=worker.device, cache_bytes=cache_bytes, host_bytes=host_bytes
         )
         self._layouts: dict[str, Layout] = {}
+        self._held: dict[str, Merged] = {}
         parallel = worker.parallel_config
         self._share = Share(parallel.rank % parallel.tensor_parallel_size)
         self._packed = PackedWeights(self._model, self._share)
 
-    def load(self, recipe: Recipe) -> Report:
+    def load(self, recipe: Recipe, whole: bool) -> Report:
         """Merge `recipe` into the model.
+
+        Args:
+            recipe: what to merge.
+            whole: stream every tensor; else those that differ from the candidate before, with all of their
+                layer, because vLLM fuses weights and has to be given all parts of one.
 
         Raises:
             RecipeError: the recipe is wrong; the model holds the base, or a mixture, but is whole.
             EngineError: repacked weights do not answer as the loaded ones.
         """
-        plan = MergePlan.compile(recipe, self._layout(recipe), SPECS)
-        stream = Stream(self._merger, self._sources, plan, self._dtype)
+        layout = self._layout(recipe)
+        plan = MergePlan.compile(recipe, layout, SPECS)
+        digests = {name: merged.digest for name, merged in self._held.items()}
+        changed = [op.tensor for op in self._merger.changed(plan, digests)]
+        wanted = set(layout.tensors) if whole else with_neighbours(changed, layout)
+        stream = Stream(self._merger, self._sources, plan, self._dtype, wanted)
+        for name in wanted:
+            self._held.pop(name, None)  # until all is known to have arrived
         start = time.perf_counter()
-        with torch.no_grad():
-            self._worker.reload_weights(weights_iterator=iter(stream), is_checkpoint_format=True)
+        if wanted:
+            with torch.no_grad(), _no_warnings(not whole):
+                self._worker.reload_weights(weights_iterator=iter(stream), is_checkpoint_format=True)
         swapped = time.perf_counter()
         if stream.error is not None:
             raise stream.error
         report = stream.report
         report.swap_seconds = swapped - start - report.merge_seconds - report.check_seconds
-        self._packed.finish(self._dtype)
-        report.held = self._held()
+        self._packed.finish(self._dtype, whole)
+        self._held |= stream.merged
+        report.merged = wrapped(sum(merged.sum for merged in self._held.values()))
+        report.fingerprint = combine({name: merged.checksum for name, merged in self._held.items()})
+        report.held = self._held_sum()
         report.check_seconds += time.perf_counter() - swapped
         return report
 
@@ -139,7 +162,7 @@ class Holder:
             self._layouts[key] = self._sources.layout(recipe.modules)
         return self._layouts[key]
 
-    def _held(self) -> int:
+    def _held_sum(self) -> int:
         """`Report.held`."""
         total, seen = 0, set()
         for prefix, module in self._model.named_modules():
@@ -156,22 +179,52 @@ class Holder:
         return total
 
 
+class Merged(NamedTuple):
+    """What the model holds of one tensor: `Merger.digest`, `checksum`, `bit_sum` in the engine's dtype."""
+
+    digest: str
+    checksum: int
+    sum: int
+
+
+def with_neighbours(names: Iterable[str], layout: Layout) -> set[str]:
+    """`names` and all that may share a weight of vLLM with them.
+
+    That is the rest of their layer, and outside of the layers what has the same parent module.
+    """
+
+    def key(name: str) -> int | str:
+        layer = layout.cell(name).layer
+        return name.rpartition(".")[0].rpartition(".")[0] if layer is None else layer
+
+    keys = {key(name) for name in names}
+    return {name for name in layout.tensors if key(name) in keys}
+
+
 class Stream:
     """The merged tensors under their checkpoint names, told to vLLM one after another.
+
+    Attributes:
+        merged: what was told, by name; complete after the last.
+        report: its seconds and tensors are filled in on the way.
+        error: see below.
 
     vLLM cannot stop in the middle of loading: after a wrong recipe the base's tensors follow, and `error`
     holds what was wrong.
     """
 
-    def __init__(self, merger: Merger, sources: SourceSet, plan: MergePlan, dtype: torch.dtype) -> None:
+    def __init__(
+        self, merger: Merger, sources: SourceSet, plan: MergePlan, dtype: torch.dtype, wanted: Container[str]
+    ) -> None:
         self._merger, self._sources, self._plan, self._dtype = merger, sources, plan, dtype
+        self._wanted = wanted
+        self.merged: dict[str, Merged] = {}
         self.report = Report()
         self.error: RecipeError | None = None
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        checksums: dict[str, int] = {}
-        left = dict.fromkeys(op.tensor for op in self._plan.ops)
-        merged = self._merger.materialize(self._plan)
+        left = {op.tensor: op for op in self._plan.ops if op.tensor in self._wanted}
+        merged = self._merger.materialize(self._plan, only=left.copy())
         while left:
             start = time.perf_counter()
             try:
@@ -182,14 +235,13 @@ class Stream:
                     yield name, self._sources.base_tensor(name)
                 return
             merging = time.perf_counter()
-            del left[name]
-            checksums[name] = checksum(tensor)
             # widened to float32 a value keeps its bits
-            self.report.merged += bit_sum(tensor if self._dtype == torch.float32 else tensor.to(self._dtype))
+            total = bit_sum(tensor if self._dtype == torch.float32 else tensor.to(self._dtype))
+            self.merged[name] = Merged(self._merger.digest(left.pop(name)), checksum(tensor), total)
             self.report.merge_seconds += merging - start
             self.report.check_seconds += time.perf_counter() - merging
             yield name, tensor
-        self.report.tensors, self.report.fingerprint = len(checksums), combine(checksums)
+        self.report.tensors = len(self.merged)
 
 
 @dataclass(frozen=True)
@@ -236,6 +288,7 @@ class PackedWeights:
             module: prefix for prefix, module in model.named_modules() if hasattr(module, "cpu_linear")
         }
         self._processed: set[str] = set()
+        self._tied: dict[str, int] = {}  # `bit_sum` of what was packed here
         for method in {id(m.quant_method): m.quant_method for m in self._names}.values():
             self._watch(method)
 
@@ -263,8 +316,8 @@ class PackedWeights:
             found = layer.cpu_linear(row, layer.weight, None).float()
             self._apart[prefix] = float((found - wanted).abs().max() / wanted.abs().max().clamp_(min=1e-9))
 
-    def finish(self, dtype: torch.dtype) -> None:
-        """After a loading: pack what was not, and compare.
+    def finish(self, dtype: torch.dtype, whole: bool) -> None:
+        """After a loading, perhaps of the whole model: pack what was not, and compare.
 
         Raises:
             EngineError: a layer was not loaded, or does not answer as its plain weight.
@@ -272,9 +325,13 @@ class PackedWeights:
         for layer, prefix in self._names.items():
             if prefix in self._processed:
                 continue
-            if not layer.weight.numel():
+            if layer.weight.numel():
+                now = bit_sum(layer.weight)
+                if self._tied.get(prefix) != now:
+                    layer.quant_method.process_weights_after_loading(layer)
+                    self._tied[prefix] = now
+            elif whole:
                 raise EngineError(f"vLLM's layer `{prefix}` was not loaded; the trial is not scored")
-            layer.quant_method.process_weights_after_loading(layer)
         self._processed.clear()
         for prefix, apart in self._apart.items():
             if not apart <= PROBE_TOLERANCE[dtype]:
@@ -282,6 +339,19 @@ class PackedWeights:
                     f"vLLM's layer `{prefix}` computes with other weights than were loaded (its product is "
                     f"off by {apart:.1e} of the largest value); the trial is not scored"
                 )
+
+
+@contextmanager
+def _no_warnings(quiet: bool) -> Iterator[None]:
+    """vLLM warns of every layer that a loading leaves as it was."""
+    log = logging.getLogger("vllm")
+    level = log.level
+    if quiet:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _reference(data: Mapping[str, Any]) -> SourceRef:

@@ -445,3 +445,12 @@ def nth(address, raw, source, wanted, count, start, stop):
             if count == 0:
                 return low + i
     return -1
+
+
+@njit(nogil=True, cache=True)
+def word_sum(words):
+    """The sum of int16 or int32 words."""
+    total = np.int64(0)
+    for word in words:
+        total += np.int64(word)
+    return total

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,8 +30,14 @@ def checksum(tensor: torch.Tensor) -> int:
     sample = flat[::stride].contiguous()
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[sample.element_size()]
     bits = sample.view(words).to(torch.int64)
-    weight = torch.arange(bits.numel(), device=bits.device) % _PRIME + 1
-    return int((bits * weight).sum())
+    return int((bits * _places(bits.device)[: bits.numel()]).sum())
+
+
+@cache
+def _places(device: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.arange(SAMPLES, device=device) % _PRIME + 1
 
 
 def combine(checksums: Mapping[str, int]) -> str:
@@ -47,13 +54,27 @@ def bit_sum(tensor: torch.Tensor) -> int:
     """
     import torch
 
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    from evomerge.merge import compiled
+
     flat = tensor.detach().reshape(-1)
+    shift = 16 if flat.dtype == torch.bfloat16 else 0  # a bfloat16 is the upper half of a float32
+    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.bfloat16) and compiled.available():
+        from evomerge.merge._loops import word_sum
+
+        words = flat.contiguous().view(torch.int16 if shift else torch.int32).numpy()
+        sums = compiled.shared_out(lambda low, high: int(word_sum(words[low:high])), len(words))
+        return wrapped(sum(sums) << shift)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     step = CHUNK if flat.device.type == "cpu" else DEVICE_CHUNK
     for low in range(0, flat.numel(), step):
         part = flat[low : low + step]
-        if part.dtype == torch.bfloat16:  # the upper half of a float32: nothing has to be converted
-            total += part.contiguous().view(torch.int16).sum(dtype=torch.int64) << 16
+        if shift:  # nothing has to be converted
+            total += part.contiguous().view(torch.int16).sum(dtype=torch.int64) << shift
         else:
             total += part.to(torch.float32).contiguous().view(torch.int32).sum(dtype=torch.int64)
     return int(total)
+
+
+def wrapped(number: int) -> int:
+    """The number modulo 2**64, as int64 holds it."""
+    return (number + 2**63) % 2**64 - 2**63

@@ -88,6 +88,9 @@ class Merger:
         self._sources = sources
         self._device = torch.device(device)
         self._cache = _Cache(cache_bytes)
+        self._kept: set[tuple[str, str]] = (
+            set()
+        )  # model and tensor: where a model has been seen to equal the base
         self._host_cache = _Cache(host_bytes)
         self._on_device: DevicePass | None = None
         if fused and usable(self._device):
@@ -108,6 +111,19 @@ class Merger:
     def fused_on_device(self) -> bool:
         """Whether the common methods are merged by the accelerator's own kernels."""
         return self._on_device is not None
+
+    def digest(self, op: TensorOp) -> str:
+        """What the merged tensor depends on: equal digests of one merger mean equal tensors.
+
+        That of the operation, or of the base alone as soon as the models' tensors have been read and seen to
+        equal it.
+        """
+        kept = all((model, op.tensor) in self._kept for model in op.setting.models)
+        return "base" if kept and METHODS[op.setting.method].keeps_base(op.setting) else op.digest
+
+    def changed(self, plan: MergePlan, held: Mapping[str, str]) -> list[TensorOp]:
+        """The operations whose tensors may differ from those whose `digest` is `held`, by name."""
+        return [op for op in plan.ops if held.get(op.tensor) != self.digest(op)]
 
     def materialize(
         self, plan: MergePlan, only: Container[str] | None = None
@@ -157,6 +173,9 @@ class Merger:
             None if model == self._sources.base_name else read(model, op.tensor, base.reshape(-1))
             for model in op.setting.models
         ]
+        self._kept.update(
+            (m, op.tensor) for m, delta in zip(op.setting.models, deltas, strict=True) if delta is None
+        )
         if all(delta is None for delta in deltas) and method.keeps_base(op.setting):
             return base
         inputs = TensorInputs(

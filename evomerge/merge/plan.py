@@ -78,11 +78,6 @@ class MergePlan:
             ops.append(TensorOp(tensor, cells[tensor], setting, seeds))
         return cls(recipe.base, tuple(ops))
 
-    def changed(self, previous: MergePlan | None) -> frozenset[str]:
-        """Names of the tensors whose operation `previous` has not got; all of them for None."""
-        known = set() if previous is None else {op.digest for op in previous.ops}
-        return frozenset(op.tensor for op in self.ops if op.digest not in known)
-
 
 def _checked(recipe: Recipe, cell: Cell, specs: Mapping[str, MethodSpec]) -> Setting:
     setting = recipe.setting(cell)

@@ -14,6 +14,7 @@ import torch
 
 from evomerge.engine import vllm_host, vllm_worker
 
+SOUND = vllm_worker.Stream
 STALE = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -55,6 +56,15 @@ class OtherStream(vllm_worker.Stream):
             yield name, tensor
 
 
+class LaterStream(OtherStream):
+    """Hands vLLM what was merged, as long as all tensors are asked for."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The right tensors or others."""
+        everything = all(op.tensor in self._wanted for op in self._plan.ops)
+        return SOUND.__iter__(self) if everything else super().__iter__()
+
+
 class StalePacking(vllm_worker.PackedWeights):
     """As if vLLM did not pack the output layer again."""
 
@@ -67,8 +77,9 @@ class StalePacking(vllm_worker.PackedWeights):
 
 if __name__ == "__main__":
     kind, fds = sys.argv[1], sys.argv[2:]
-    if kind in ("StaleStream", "OtherStream"):
-        vllm_worker.Stream = {"StaleStream": StaleStream, "OtherStream": OtherStream}[kind]  # type: ignore[misc]
+    streams = {"StaleStream": StaleStream, "OtherStream": OtherStream, "LaterStream": LaterStream}
+    if kind in streams:
+        vllm_worker.Stream = streams[kind]  # type: ignore[misc]
     if kind == "StalePacking":
         vllm_worker.PackedWeights = StalePacking  # type: ignore[misc]
     hosts = {"StaleCache": StaleCache, "Hanging": Hanging}

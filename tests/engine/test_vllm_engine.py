@@ -147,6 +147,36 @@ def test_a_candidate_that_changes_the_tied_embedding_changes_the_output_layer_to
     )
 
 
+def in_layer(sources: SourceSet, layer: int, weight: float) -> Recipe:
+    cells = [cell for cell in sources.layout().by_cell if cell.layer == layer]
+    setting = Setting("task_arithmetic", {}, {"full": {"weight": weight}})
+    return Recipe("base", sources.models, dict.fromkeys(cells, setting))
+
+
+def test_only_layers_that_differ_are_loaded_and_the_answers_are_those_of_transformers(
+    engine: VllmEngine, reference: Engine, sources: SourceSet
+):
+    of_layer = [name for name in sources.tensor_names if ".layers.1." in name]
+    requests = [GenerateRequest(prompt, 6) for prompt in PROMPTS]
+    engine.load(in_layer(sources, 1, 0.5))
+    for recipe, tensors in [
+        (in_layer(sources, 1, 0.5), 0),
+        (in_layer(sources, 1, 2.5), len(of_layer)),
+        (in_layer(sources, 0, 2.5), 2 * len(of_layer)),
+    ]:
+        assert engine.load(recipe).tensors == tensors
+        reference.load(recipe)
+        assert engine.generate(requests) == reference.generate(requests)
+
+
+def test_a_wrong_tensor_is_noticed_where_a_part_of_the_model_is_loaded(sources: SourceSet):
+    engine = started(sources, broken="LaterStream")
+    engine.load(in_layer(sources, 0, 0.5))
+    with pytest.raises(EngineError, match="does not hold what was merged"):
+        engine.load(in_layer(sources, 1, 0.5))
+    engine.close()
+
+
 def test_drawn_answers_are_drawn_again_alike(engine: VllmEngine, sources: SourceSet):
     engine.load(recipes(sources)[0])
     requests = [GenerateRequest("a b c", 12, temperature=2.0, seed=seed) for seed in (5, 6)]

@@ -13,7 +13,7 @@ from evomerge.merge.compiled import available
 from evomerge.merge.mask import keep_mask
 from evomerge.merge.merger import Merger
 from evomerge.merge.methods import METHODS, SPECS
-from evomerge.merge.plan import MergePlan
+from evomerge.merge.plan import MergePlan, TensorOp
 from evomerge.recipe import Cell, Recipe, Setting
 from evomerge.sources.layout import Layout
 from evomerge.sources.reference import SourceRef
@@ -336,6 +336,31 @@ def test_tensors_that_no_model_changes_are_the_bases_own():
     merged = dict(Merger(sources).materialize(plan))
     norm = "model.layers.0.input_layernorm.weight"
     assert merged[norm] is sources.base[norm]
+
+
+def op_of(plan: MergePlan, tensor: str) -> TensorOp:
+    return next(op for op in plan.ops if op.tensor == tensor)
+
+
+def test_tensors_that_models_were_seen_to_leave_alone_depend_on_the_base_only():
+    sources = MemorySources()
+    merger, norm = Merger(sources), "model.layers.0.input_layernorm.weight"
+    first, second = (plan_of(Setting("ties", {}, weighted(chat=w)), sources) for w in (1.0, 0.5))
+    assert merger.digest(op_of(first, norm)) == op_of(first, norm).digest
+    for _ in merger.materialize(first):
+        pass
+    held = {op.tensor: merger.digest(op) for op in first.ops}
+    assert {op.tensor for op in merger.changed(second, held)} == set(SHAPES) - {norm}
+    assert merger.changed(first, held) == []
+
+
+def test_a_method_that_does_not_keep_the_base_depends_on_its_weights_even_there():
+    sources = MemorySources(torch.float32)
+    merger, norm = Merger(sources), "model.layers.0.input_layernorm.weight"
+    plan = plan_of(Setting("linear", {"normalize": False}, weighted(chat=0.5)), sources)
+    for _ in merger.materialize(plan):
+        pass
+    assert merger.digest(op_of(plan, norm)) == op_of(plan, norm).digest
 
 
 def test_linear_without_normalisation_scales_even_an_unchanged_tensor():
