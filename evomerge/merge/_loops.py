@@ -454,3 +454,14 @@ def word_sum(words):
     for word in words:
         total += np.int64(word)
     return total
+
+
+@njit(nogil=True, cache=True)
+def placed_sum(words, stride, period):
+    """The sum of every `stride`-th word times its place, which counts from 1 to `period` again and again."""
+    total = np.int64(0)
+    place = np.int64(1)
+    for i in range(0, words.size, stride):
+        total += np.int64(words[i]) * place
+        place = place + 1 if place < period else 1
+    return total

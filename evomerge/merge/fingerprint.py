@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,19 +24,17 @@ def checksum(tensor: torch.Tensor) -> int:
     """Checksum of up to `SAMPLES` elements of a tensor of any shape, dtype and device."""
     import torch
 
+    from evomerge.merge import compiled
+
     flat = tensor.detach().reshape(-1)
     stride = max(1, -(-flat.numel() // SAMPLES))
-    sample = flat[::stride].contiguous()
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[sample.element_size()]
-    bits = sample.view(words).to(torch.int64)
-    return int((bits * _places(bits.device)[: bits.numel()]).sum())
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    if flat.device.type == "cpu" and flat.is_contiguous() and compiled.available():
+        from evomerge.merge._loops import placed_sum
 
-
-@cache
-def _places(device: torch.device) -> torch.Tensor:
-    import torch
-
-    return torch.arange(SAMPLES, device=device) % _PRIME + 1
+        return int(placed_sum(flat.view(kind).numpy(), stride, _PRIME))
+    bits = flat[::stride].contiguous().view(kind).to(torch.int64)
+    return int((bits * (torch.arange(bits.numel(), device=bits.device) % _PRIME + 1)).sum())
 
 
 def combine(checksums: Mapping[str, int]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import pytest
 import torch
 
-from evomerge.merge.fingerprint import bit_sum
+from evomerge.merge import compiled
+from evomerge.merge.fingerprint import SAMPLES, bit_sum, checksum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,3 +49,31 @@ def test_one_bit_changes_it():
     changed = tensor.clone()
     changed.view(torch.int32)[77_777] ^= 1
     assert bit_sum(changed) != bit_sum(tensor)
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(compiled, "available", lambda: False)
+
+
+@pytest.mark.usefixtures("_both_ways")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_either_way_gives_the_sum_of_the_bit_patterns(dtype: torch.dtype):
+    tensor = torch.randn(641, generator=torch.Generator().manual_seed(4)).to(dtype)
+    assert bit_sum(tensor) == by_struct(tensor)
+
+
+@pytest.mark.usefixtures("_both_ways")
+@pytest.mark.parametrize("n", [0, 7, SAMPLES, 3 * SAMPLES + 5])
+def test_the_checksum_weighs_every_word_that_it_reads_by_its_place(n: int):
+    words = torch.randint(-(2**15), 2**15, (n,), generator=torch.Generator().manual_seed(n))
+    stride = max(1, math.ceil(n / SAMPLES))
+    expected = sum(word * (i % 8191 + 1) for i, word in enumerate(words.tolist()[::stride]))
+    assert checksum(words.to(torch.int16).view(torch.bfloat16)) == expected
+
+
+@pytest.mark.usefixtures("_both_ways")
+def test_the_checksum_reads_a_tensor_in_its_logical_order():
+    tensor = torch.randn(40, 30, generator=torch.Generator().manual_seed(5))
+    assert checksum(tensor.T) == checksum(tensor.T.contiguous()) != checksum(tensor)
