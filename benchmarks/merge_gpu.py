@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import Shape
 
 from evomerge.build import versions
 from evomerge.merge.merger import Merger
@@ -41,43 +42,6 @@ CHECKED = (
     "layers.0.mlp.down_proj.weight",
     "layers.0.input_layernorm.weight",
 )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model looks like: sizes as in its config.json."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    vocabulary: int
-    keys: int  # rows of k_proj and v_proj
-    biases: bool = False
-
-    def tensors(self, layers: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape, with this many layers."""
-        h, m, kv = self.hidden, self.intermediate, self.keys
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, h)}
-        for layer in range(layers):
-            inner: dict[str, tuple[int, ...]] = {
-                "self_attn.q_proj.weight": (h, h),
-                "self_attn.k_proj.weight": (kv, h),
-                "self_attn.v_proj.weight": (kv, h),
-                "self_attn.o_proj.weight": (h, h),
-                "mlp.gate_proj.weight": (m, h),
-                "mlp.up_proj.weight": (m, h),
-                "mlp.down_proj.weight": (h, m),
-                "input_layernorm.weight": (h,),
-                "post_attention_layernorm.weight": (h,),
-            }
-            if self.biases:
-                inner |= {f"self_attn.{x}_proj.bias": (h if x == "q" else kv,) for x in "qkv"}
-            found |= {f"model.layers.{layer}.{name}": shape for name, shape in inner.items()}
-        return found | {"model.norm.weight": (h,), "lm_head.weight": (self.vocabulary, h)}
-
-    def entries(self, layers: int) -> int:
-        """Parameters."""
-        return sum(torch.Size(shape).numel() for shape in self.tensors(layers).values())
 
 
 SHAPES = {

@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
+from evomerge.sources.reference import SourceRef
+from evomerge.sources.source_set import SourceSet
 from tests import architectures
 
 HIDDEN, HEADS, HEAD_DIM, MLP, LAYERS = 64, 2, 32, 96, 2
@@ -92,6 +94,15 @@ def tiny_model(
     generation = {"bos_token_id": START, "eos_token_id": EOS, "pad_token_id": PAD, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
+
+
+def tiny_family(folder: Path, dtype: torch.dtype = torch.bfloat16) -> SourceSet:
+    """A base, a full checkpoint `full` and an `adapter`, opened together."""
+    base = tiny_model(folder / "base", dtype=dtype)
+    full = tiny_model(folder / "full", seed=1, noise_from=base, noise=0.05)
+    adapter = tiny_adapter(folder / "adapter", base, seed=2)
+    models = {"full": SourceRef(model=str(full)), "adapter": SourceRef(adapter=str(adapter))}
+    return SourceSet.open(SourceRef(model=str(base)), models)
 
 
 def tiny_tokenizer(folder: Path, extra: Sequence[str] = ()) -> Path:

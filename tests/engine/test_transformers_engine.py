@@ -14,23 +14,15 @@ from evomerge.engine.factory import transformers_engine
 from evomerge.engine.transformers_engine import Draws, TransformersEngine
 from evomerge.errors import EngineError, RecipeError
 from evomerge.recipe import Recipe, Setting
-from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
-from tests.tiny import tiny_adapter, tiny_model
+from tests.tiny import tiny_family
 
 PROMPTS = ["a b c", "a", "d e f g h i j k", "b b", "c a d"]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> SourceSet:
-    folder = tmp_path_factory.mktemp("sources")
-    base = tiny_model(folder / "base", dtype=torch.float32)
-    full = tiny_model(folder / "full", seed=1, noise_from=base, noise=0.05, dtype=torch.float32)
-    adapter = tiny_adapter(folder / "adapter", base, seed=2)
-    return SourceSet.open(
-        SourceRef(model=str(base)),
-        {"full": SourceRef(model=str(full)), "adapter": SourceRef(adapter=str(adapter))},
-    )
+    return tiny_family(tmp_path_factory.mktemp("sources"), torch.float32)
 
 
 @pytest.fixture

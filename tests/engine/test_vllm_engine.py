@@ -27,12 +27,11 @@ from evomerge.errors import ConfigError, EngineError, RecipeError
 from evomerge.export.bundle import export_model
 from evomerge.merge.fingerprint import checksum, combine
 from evomerge.recipe import Recipe, Setting
-from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
 from evomerge.study.storage import JOURNAL, TrialLog
 from evomerge.study.study import Observer, Study
 from evomerge.study.trial import Outcome, Trial
-from tests.tiny import tiny_adapter, tiny_model
+from tests.tiny import tiny_family
 from tests.world import World
 
 pytestmark = pytest.mark.skipif(
@@ -54,14 +53,7 @@ def one_thread_in_the_engine() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> SourceSet:
-    folder = tmp_path_factory.mktemp("sources")
-    base = tiny_model(folder / "base")
-    full = tiny_model(folder / "full", seed=1, noise_from=base, noise=0.05)
-    adapter = tiny_adapter(folder / "adapter", base, seed=2)
-    return SourceSet.open(
-        SourceRef(model=str(base)),
-        {"full": SourceRef(model=str(full)), "adapter": SourceRef(adapter=str(adapter))},
-    )
+    return tiny_family(tmp_path_factory.mktemp("sources"))
 
 
 def started(sources: SourceSet, *, broken: str | None = None, **arguments: object) -> VllmEngine:

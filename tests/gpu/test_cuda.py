@@ -15,21 +15,15 @@ from evomerge.merge.merger import Merger
 from evomerge.merge.methods import SPECS
 from evomerge.merge.plan import MergePlan
 from evomerge.recipe import Recipe, Setting
-from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
-from tests.tiny import tiny_adapter, tiny_model
+from tests.tiny import tiny_family
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> SourceSet:
-    folder = tmp_path_factory.mktemp("sources")
-    base = tiny_model(folder / "base")
-    full = tiny_model(folder / "full", seed=1, noise_from=base, noise=0.05)
-    adapter = tiny_adapter(folder / "adapter", base, seed=2)
-    models = {"full": SourceRef(model=str(full)), "adapter": SourceRef(adapter=str(adapter))}
-    return SourceSet.open(SourceRef(model=str(base)), models)
+    return tiny_family(tmp_path_factory.mktemp("sources"))
 
 
 def recipe(sources: SourceSet, method: str) -> Recipe:
