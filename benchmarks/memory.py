@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=4)
     parser.add_argument("--limit", type=float, default=3.0, help="address space of the merge, in GB")
     parser.add_argument("--folder", type=Path, default=None, help="where models are made; removed at the end")
+    parser.add_argument("--methods", nargs="+", default=list(PER_MODEL), choices=list(PER_MODEL))
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="memory-", dir=arguments.folder))
     try:
@@ -55,7 +56,7 @@ def main() -> None:
         names = [f"model{i}" for i in range(arguments.models)]
         for seed, name in enumerate(["base", *names]):
             make_model(folder / name, shapes, seed)
-        rows = [merge(folder, names, method, values, arguments.limit) for method, values in PER_MODEL.items()]
+        rows = [merge(folder, names, method, arguments.limit) for method in arguments.methods]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     size = entries(shapes) * 2
@@ -103,12 +104,12 @@ def tiled(numbers: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return numbers.repeat(-(-count // numbers.numel()))[:count].clone().reshape(shape)
 
 
-def merge(folder: Path, names: list[str], method: str, values: dict[str, float], limit: float) -> list[str]:
+def merge(folder: Path, names: list[str], method: str, limit: float) -> list[str]:
     """One row: merge in a process of its own, and read its peak resident memory."""
     recipe = {
         "merge_method": method,
         "base_model": str(folder / "base"),
-        "models": [{"model": str(folder / name), "parameters": values} for name in names],
+        "models": [{"model": str(folder / name), "parameters": PER_MODEL[method]} for name in names],
         "dtype": "float32",
         "out_dtype": "bfloat16",
     }
