@@ -179,7 +179,9 @@ def winner_rows(outcomes: Outcomes) -> Iterator[list[str]]:
     """One row per run: its winner."""
     for (name, seed), entry in winners(outcomes):
         label = f"**{name}**" if entry["kind"] == "search" else f"**{name}** (chose `{entry['label']}`)"
-        gains = [what for what, yes in outcomes[name, seed]["significant"].items() if yes]
+        # a chosen fixed recipe is the best one, and its lead over the next is no gain from the search
+        found = outcomes[name, seed]["significant"].items()
+        gains = [what for what, yes in found if yes and (what, entry["kind"]) != ("fixed", "fixed")]
         yield [label, str(seed), *scores(entry), " and ".join(gains) or "-"]
 
 
