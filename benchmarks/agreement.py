@@ -1,6 +1,6 @@
 """Do the vLLM and the transformers engine answer alike? Writes benchmarks/agreement.md.
 
-    python benchmarks/agreement.py [--items 32] [--dtypes float32 bfloat16]
+    python benchmarks/agreement.py [--items 16] [--dtypes float32 bfloat16]
 
 The same candidates of the demo's family in both engines: the share of greedy answers that are equal, the
 share of scores that are, and how far log-likelihoods of the reference answers lie apart. In
@@ -34,7 +34,7 @@ Answers = tuple[list[ItemScore], list[Likelihood]]
 def main() -> None:
     """Ask both engines in every dtype, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--items", type=int, default=32, help="calibration items per task")
+    parser.add_argument("--items", type=int, default=16, help="calibration items per task, 16 at most")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     arguments = parser.parse_args()
     parts = Parts.open(load_config(ROOT / "runs" / "demo.yaml"))
@@ -55,7 +55,7 @@ def main() -> None:
     header = ["method", "dtype", "equal answers", "equal scores", "largest difference in nats", "mean"]
     paragraphs = [
         "# vLLM and transformers",
-        f"Made by `python benchmarks/agreement.py`: {4 * arguments.items} items of the demo's four tasks, "
+        f"Made by `python benchmarks/agreement.py`: {4 * arguments.items} calibration items of the demo's four tasks, "
         "one candidate a row, answered by both engines. Equal answers: greedy, in text and number of tokens. "
         "Equal scores: the items that the scorer gives the same. Nats: of the reference answers' "
         "log-likelihoods.",
