@@ -55,10 +55,10 @@ def main() -> None:
     header = ["method", "dtype", "equal answers", "equal scores", "largest difference in nats", "mean"]
     paragraphs = [
         "# vLLM and transformers",
-        f"Made by `python benchmarks/agreement.py`: {4 * arguments.items} calibration items of the demo's four tasks, "
-        "one candidate a row, answered by both engines. Equal answers: greedy, in text and number of tokens. "
-        "Equal scores: the items that the scorer gives the same. Nats: of the reference answers' "
-        "log-likelihoods.",
+        f"Made by `python benchmarks/agreement.py`: {4 * arguments.items} calibration items of the demo's "
+        "four tasks, one candidate a row, answered by both engines. Equal answers: greedy, in text and "
+        "number of tokens. Equal scores: the items that the scorer gives the same. Nats: of the "
+        "log-likelihoods of the reference answers.",
         markdown_table(header, rows),
         f"Machine: {os.cpu_count()} cores, {platform.machine()}; vLLM {vllm_compat.version()}, "
         f"{', '.join(f'{name} {number}' for name, number in versions().items())}.",
