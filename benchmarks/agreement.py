@@ -3,9 +3,9 @@
     python benchmarks/agreement.py [--items 16] [--dtypes float32 bfloat16]
 
 The same candidates of the demo's family in both engines: the share of greedy answers that are equal, the
-share of scores that are, and how far log-likelihoods of the reference answers lie apart. In
-bfloat16 two ways of computing the same sums round differently, and where two tokens are nearly as likely an
-answer goes another way.
+share of scores that are, and how far log-likelihoods of the reference answers lie apart. In bfloat16 two
+ways of computing the same sums round differently, and where two tokens are nearly as likely an answer goes
+another way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from evomerge.engine.base import Engine, Likelihood, LikelihoodRequest
 from evomerge.engine.factory import open_engine
 from evomerge.evaluate.evaluator import evaluate, subset
 from evomerge.evaluate.score import ItemScore
-from evomerge.recipe import Recipe, Setting
+from evomerge.recipe import Setting
 from evomerge.report.outcome import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +71,7 @@ def main() -> None:
 def answers(engine: Engine, parts: Parts, method: str, count: int) -> Answers:
     """Scored answers of one candidate, and the log-likelihoods of the reference answers."""
     setting = Setting(method, {}, dict.fromkeys(parts.sources.models, RECIPES[method]))
-    recipe: Recipe = parts.family.recipe(dict.fromkeys(parts.layout.by_cell, setting))
+    recipe = parts.family.recipe(dict.fromkeys(parts.layout.by_cell, setting))
     items = subset(parts.suite, "calibration", count)
     engine.load(recipe)
     asked = [LikelihoodRequest(item.prompt, f" {item.answer}", chat=True) for item in items]

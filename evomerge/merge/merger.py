@@ -88,9 +88,7 @@ class Merger:
         self._sources = sources
         self._device = torch.device(device)
         self._cache = _Cache(cache_bytes)
-        self._kept: set[tuple[str, str]] = (
-            set()
-        )  # model and tensor: where a model has been seen to equal the base
+        self._kept: set[tuple[str, str]] = set()  # (model, tensor) seen to equal the base
         self._host_cache = _Cache(host_bytes)
         self._on_device: DevicePass | None = None
         if fused and usable(self._device):

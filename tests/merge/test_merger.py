@@ -352,6 +352,7 @@ def test_tensors_that_models_were_seen_to_leave_alone_depend_on_the_base_only():
     held = {op.tensor: merger.digest(op) for op in first.ops}
     assert {op.tensor for op in merger.changed(second, held)} == set(SHAPES) - {norm}
     assert merger.changed(first, held) == []
+    assert merger.changed(first, {}) == list(first.ops)
 
 
 def test_a_method_that_does_not_keep_the_base_depends_on_its_weights_even_there():
