@@ -16,7 +16,6 @@ from numba.extending import intrinsic, overload, register_jitable
 
 from evomerge.merge.compiled import BLOCK  # ten float32 buffers of this size stay in 80 KiB
 
-SPAN = 64  # entries that are looked at together when few are wanted
 SIGNLESS = np.uint32(0x7FFFFFFF)
 LOW_BITS = np.uint32(16)  # of a magnitude's word, below those that name its class
 DRAWN, BY_SHORT, BY_INT = np.uint64(1), np.uint64(2), np.uint64(3)  # how chances are given, see `_drop`
@@ -89,29 +88,33 @@ def _widen_for(source, low, m, out):
     return from_bfloat16 if source.dtype == types.uint16 else from_float32
 
 
-def _store(result, m, target, low):
-    """Round to the base's dtype, to the nearest and ties to even; 0 if all values are finite."""
+def _put(part, i, value):
+    """Store a float32 in the base's dtype, to the nearest and ties to even; the bits of its magnitude."""
 
 
-@overload(_store)
-def _store_for(result, m, target, low):
-    def to_bfloat16(result, m, target, low):
-        largest, part = np.uint32(0), target[low : low + m]
-        for i in range(m):
-            word = _as_word(result[i])
-            short = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            largest = max(largest, np.uint32(word & SIGNLESS))
-            part[i] = np.uint16(short)
-        return np.uint32(largest >= np.uint32(0x7F7F8000))  # from there on words round to infinity
+@overload(_put)
+def _put_for(part, i, value):
+    def as_bfloat16(part, i, value):
+        word = _as_word(value)
+        short = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        part[i] = np.uint16(short)
+        return np.uint32(word & SIGNLESS)
 
-    def to_float32(result, m, target, low):
-        largest, part = np.uint32(0), target[low : low + m]
-        for i in range(m):
-            largest = max(largest, np.uint32(_as_word(result[i]) & SIGNLESS))
-            part[i] = result[i]
-        return np.uint32(largest >= np.uint32(0x7F800000))
+    def as_float32(part, i, value):
+        part[i] = value
+        return np.uint32(_as_word(value) & SIGNLESS)
 
-    return to_bfloat16 if target.dtype == types.uint16 else to_float32
+    return as_bfloat16 if part.dtype == types.uint16 else as_float32
+
+
+def _least_infinite(target):
+    """From which bits on a magnitude is not finite once it is stored."""
+
+
+@overload(_least_infinite)
+def _least_infinite_for(target):
+    least = 0x7F7F8000 if target.dtype == types.uint16 else 0x7F800000  # bfloat16: what rounds to infinity
+    return lambda target: np.uint32(least)
 
 
 @register_jitable
@@ -203,21 +206,52 @@ def _term(k, terms, base, low, m, x):
 
 
 @register_jitable
-def _finish(mix, scale, base, target, low, m):
-    """Store base + scale * mix. 0 if all values are finite."""
-    if scale != np.float32(1):
-        for i in range(m):
-            mix[i] *= scale
-    for i in range(m):
-        mix[i] += base[i]
-    return _store(mix, m, target, low)
+def _entry(halves, i, base):
+    """Entry of a task vector whose source is bfloat16."""
+    return _as_float(np.uint32(halves[i]) << np.uint32(16)) - base
 
 
-@njit(nogil=True, cache=True)
+def _summed(sources, factors, i, base):
+    """sum_k factor_k delta_k of one entry, from the first to the last of a tuple of bfloat16 sources."""
+
+
+@overload(_summed)
+def _summed_for(sources, factors, i, base):
+    if len(sources) == 1:
+        return lambda sources, factors, i, base: _entry(sources[0], i, base) * factors[0]
+    return lambda sources, factors, i, base: (
+        _summed(sources[:-1], factors[:-1], i, base) + _entry(sources[-1], i, base) * factors[-1]
+    )
+
+
+def _parts(sources, low, high):
+    """The same range of every array of a tuple."""
+
+
+@overload(_parts)
+def _parts_for(sources, low, high):
+    if len(sources) == 0:
+        return lambda sources, low, high: ()
+    return lambda sources, low, high: (*_parts(sources[:-1], low, high), sources[-1][low:high])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # no test for zero, which would keep it from vectors
+def add_raw(source, target, sources, factors, divisor, scale, start, stop):
+    """`add` in one loop, for terms that take every entry of a bfloat16 source beside a bfloat16 base."""
+    largest = np.uint32(0)
+    before, after, read = source[start:stop], target[start:stop], _parts(sources, start, stop)
+    for i in range(len(before)):
+        base = _as_float(np.uint32(before[i]) << np.uint32(16))
+        mix = _summed(read, factors, i, base) / divisor
+        largest = max(largest, _put(after, i, mix * scale + base))
+    return largest < _least_infinite(target)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def add(source, target, terms, divisor, scale, start, stop):
     """base + scale * (sum of the terms) / divisor on entries [start, stop); whether all are finite."""
     base, mix, x = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    bad = np.uint32(0)
+    largest = np.uint32(0)
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
         _widen(source, low, m, base)
@@ -229,73 +263,119 @@ def add(source, target, terms, divisor, scale, start, stop):
         if divisor != np.float32(1):
             for i in range(m):
                 mix[i] /= divisor
-        bad |= _finish(mix, scale, base, target, low, m)
-    return bad == 0
+        part = target[low : low + m]
+        for i in range(m):
+            largest = max(largest, _put(part, i, mix[i] * scale + base[i]))
+    return largest < _least_infinite(target)
+
+
+def _total(rows, i):
+    """Sum of one entry over a tuple of rows, from 0."""
+
+
+@overload(_total)
+def _total_for(rows, i):
+    if len(rows) == 1:
+        return lambda rows, i: np.float32(0) + rows[0][i]
+    return lambda rows, i: _total(rows[:-1], i) + rows[-1][i]
 
 
 @register_jitable
-def _agreeing(x, total, weight, normalized, mix, divisor):
-    """Add the entries of a term that have the sign of the total to `mix`, and its weight to their divisor."""
-    if normalized:
-        for i in range(len(x)):
-            agreed = x[i] * np.copysign(np.float32(1), total[i])
-            agreed = np.float32(0) if agreed < np.float32(0) else agreed
-            mix[i] += agreed
-            divisor[i] += weight if agreed > np.float32(0) else np.float32(0)
-    else:
-        for i in range(len(x)):
-            agreed = x[i] * np.copysign(np.float32(1), total[i])
-            mix[i] += np.float32(0) if agreed < np.float32(0) else agreed
+def _agreed(entry, sign):
+    """The magnitude of an entry that has this sign, of others 0."""
+    agreed = entry * sign
+    return np.float32(0) if agreed < np.float32(0) else agreed
 
 
-@register_jitable(error_model="numpy")  # no test for zero, which would keep it from vectors
-def _settle(mix, total, divisor, normalized, least):
-    """Give `mix` its sign, and divide it."""
-    one = np.float32(1)
-    if not normalized:
-        for i in range(len(mix)):
-            mix[i] *= np.copysign(one, total[i])
-    elif least > np.float32(0):  # a divisor is 0 or at least this
-        for i in range(len(mix)):
-            by = least if divisor[i] < least else divisor[i]
-            mix[i] = mix[i] * np.copysign(one, total[i]) / by
-    else:
-        for i in range(len(mix)):
-            by = one if divisor[i] == np.float32(0) else divisor[i]
-            mix[i] = mix[i] * np.copysign(one, total[i]) / by
+def _agreeing(rows, weights, i, sign):
+    """Of one entry: the sum of the magnitudes that have this sign, and of their weights."""
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@overload(_agreeing)
+def _agreeing_for(rows, weights, i, sign):
+    if len(rows) == 0:
+        return lambda rows, weights, i, sign: (np.float32(0), np.float32(0))
+
+    def more(rows, weights, i, sign):
+        mix, divisor = _agreeing(rows[:-1], weights[:-1], i, sign)
+        agreed = _agreed(rows[-1][i], sign)
+        return mix + agreed, divisor + (weights[-1] if agreed > np.float32(0) else np.float32(0))
+
+    return more
+
+
+def _rows(buffers, weights):
+    """A tuple of as many buffers as there are weights."""
+
+
+@overload(_rows)
+def _rows_for(buffers, weights):
+    if len(weights) == 0:
+        return lambda buffers, weights: ()
+    return lambda buffers, weights: (*_rows(buffers, weights[:-1]), buffers[len(weights) - 1])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # no test for zero, which would keep it from vectors
 def elect(source, target, terms, weights, normalized, least, scale, start, stop):
     """As `add`, over the entries whose sign is that of the sum, divided by the weights that agree."""
-    xs = np.empty((len(terms[0]), BLOCK), np.float32)
-    base, mix = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    total, divisor = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    bad = np.uint32(0)
+    xs, base = np.empty((len(weights), BLOCK), np.float32), np.empty(BLOCK, np.float32)
+    rows, one = _rows(xs, weights), np.float32(1)
+    largest = np.uint32(0)
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
         _widen(source, low, m, base)
-        for i in range(m):
-            total[i] = np.float32(0)
-            mix[i] = np.float32(0)
-            divisor[i] = np.float32(0)
         for k in range(len(xs)):
-            x = xs[k]
-            _term(k, terms, base, low, m, x)
+            _term(k, terms, base, low, m, xs[k])
+        part = target[low : low + m]
+        if not normalized:
             for i in range(m):
-                total[i] += x[i]
-        for k in range(len(xs)):
-            _agreeing(xs[k][:m], total, weights[k], normalized, mix, divisor)
-        _settle(mix[:m], total, divisor, normalized, least)
-        bad |= _finish(mix, scale, base, target, low, m)
-    return bad == 0
+                sign = np.copysign(one, _total(rows, i))
+                mix = _agreeing(rows, weights, i, sign)[0] * sign
+                largest = max(largest, _put(part, i, mix * scale + base[i]))
+        elif least > np.float32(0):  # a divisor is 0 or at least this
+            for i in range(m):
+                sign = np.copysign(one, _total(rows, i))
+                mix, by = _agreeing(rows, weights, i, sign)
+                mix = mix * sign / (least if by < least else by)
+                largest = max(largest, _put(part, i, mix * scale + base[i]))
+        else:
+            for i in range(m):
+                sign = np.copysign(one, _total(rows, i))
+                mix, by = _agreeing(rows, weights, i, sign)
+                mix = mix * sign / (one if by == np.float32(0) else by)
+                largest = max(largest, _put(part, i, mix * scale + base[i]))
+    return largest < _least_infinite(target)
 
 
-@njit(nogil=True, cache=True)
+def _averaged(sources, factors, i, base):
+    """sum_k factor_k (base + delta_k) of one entry."""
+
+
+@overload(_averaged)
+def _averaged_for(sources, factors, i, base):
+    if len(sources) == 0:
+        return lambda sources, factors, i, base: np.float32(0)
+    return lambda sources, factors, i, base: _multiply_add(
+        base + _entry(sources[-1], i, base), factors[-1], _averaged(sources[:-1], factors[:-1], i, base)
+    )
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def average_raw(source, target, sources, factors, divisor, start, stop):
+    """`average` in one loop, for bfloat16 sources beside a bfloat16 base."""
+    largest = np.uint32(0)
+    before, after, read = source[start:stop], target[start:stop], _parts(sources, start, stop)
+    for i in range(len(before)):
+        base = _as_float(np.uint32(before[i]) << np.uint32(16))
+        largest = max(largest, _put(after, i, _averaged(read, factors, i, base) / divisor))
+    return largest < _least_infinite(target)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def average(source, target, addresses, raws, factors, divisor, start, stop):
     """sum_i factor_i (base + delta_i) / divisor; an address of 0 is a task vector of zeros."""
     total, base = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    bad = np.uint32(0)
+    largest = np.uint32(0)
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
         _widen(source, low, m, base)
@@ -309,17 +389,15 @@ def average(source, target, addresses, raws, factors, divisor, start, stop):
             elif raws[k]:
                 half = carray(_halves_at(address + np.uint64(2 * low)), m)
                 for i in range(m):
-                    d = _as_float(np.uint32(half[i]) << np.uint32(16)) - base[i]
-                    total[i] = _multiply_add(base[i] + d, factor, total[i])
+                    total[i] = _multiply_add(base[i] + _entry(half, i, base[i]), factor, total[i])
             else:
                 delta = carray(_floats_at(address + np.uint64(4 * low)), m)
                 for i in range(m):
                     total[i] = _multiply_add(base[i] + delta[i], factor, total[i])
-        if divisor != np.float32(1):
-            for i in range(m):
-                total[i] /= divisor
-        bad |= _store(total, m, target, low)
-    return bad == 0
+        part = target[low : low + m]
+        for i in range(m):
+            largest = max(largest, _put(part, i, total[i] / divisor))
+    return largest < _least_infinite(target)
 
 
 @njit(nogil=True, cache=True)
@@ -402,27 +480,22 @@ def distinct(address, raw, source, places, shifts, size, start, stop):
 
 
 @njit(nogil=True, cache=True)
-def low_counts(address, raw, source, number, start, stop):
-    """Of the entries in one class: how many have which bits below it."""
-    counts, words = np.zeros(1 << 16, np.int64), np.empty(BLOCK, np.uint32)
+def members(address, raw, source, number, start, stop):
+    """Of the entries in one class their bits below it, in order, as uint16."""
+    words, found = np.empty(BLOCK, np.uint32), np.empty(stop - start + 1, np.uint16)
+    count = 0
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
         _magnitudes(address, raw, source, low, m, words)
-        for begin in range(0, m, SPAN):
-            end = min(begin + SPAN, m)
-            some = np.uint32(0)
-            for i in range(begin, end):
-                some += np.uint32(words[i] >> LOW_BITS == number)
-            if some:
-                for i in range(begin, end):
-                    if words[i] >> LOW_BITS == number:
-                        counts[words[i] & np.uint32(0xFFFF)] += 1
-    return counts
+        for i in range(m):  # a write for nothing is cheaper than a branch
+            found[count] = np.uint16(words[i] & np.uint32(0xFFFF))
+            count += np.int64(words[i] >> LOW_BITS == number)
+    return found[:count].copy()
 
 
 @njit(nogil=True, cache=True)
-def equal_counts(address, raw, source, wanted, counts, start, stop):
-    """Per block the number of entries whose magnitude has the bits `wanted`; `start` as for `sizes`."""
+def nth(address, raw, source, wanted, count, start, stop):
+    """Position of the `count`-th entry, from 1, in [start, stop) whose magnitude has the bits `wanted`."""
     words = np.empty(BLOCK, np.uint32)
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
@@ -430,16 +503,9 @@ def equal_counts(address, raw, source, wanted, counts, start, stop):
         some = np.uint32(0)
         for i in range(m):
             some += np.uint32(words[i] == wanted)
-        counts[low // BLOCK] = some
-
-
-@njit(nogil=True, cache=True)
-def nth(address, raw, source, wanted, count, start, stop):
-    """Position of the `count`-th of them, from 1."""
-    words = np.empty(BLOCK, np.uint32)
-    for low in range(start, stop, BLOCK):
-        m = min(BLOCK, stop - low)
-        _magnitudes(address, raw, source, low, m, words)
+        if count > some:
+            count -= some
+            continue
         for i in range(m):
             count -= words[i] == wanted
             if count == 0:

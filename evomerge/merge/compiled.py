@@ -63,14 +63,26 @@ def words(tensor: torch.Tensor) -> Array:
     return result
 
 
-def shared_out(part: Callable[[int, int], T], n: int) -> list[T]:
-    """`part(low, high)` over [0, n) in as many ranges of whole blocks as torch has threads, in order."""
-    count = torch.get_num_threads() if n >= SHARED else 1
-    if count == 1:
-        return [part(0, n)]
-    step = -(-n // count // BLOCK) * BLOCK
-    ranges = [(low, min(low + step, n)) for low in range(0, n, step)]
-    return list(_pool(count).map(lambda both: part(*both), ranges))
+def ranges(n: int, count: int) -> list[tuple[int, int]]:
+    """[0, n) in about `count` ranges of whole blocks; in one where sharing it out does not pay."""
+    step = -(-n // count // BLOCK) * BLOCK if n >= SHARED else n
+    return [(low, min(low + step, n)) for low in range(0, n, step)]
+
+
+def shared_out(part: Callable[[int, int], T], n: int, count: int | None = None) -> list[T]:
+    """`part(low, high)` over [0, n) in order, in `count` ranges or as many as torch has threads."""
+    return begun(part, n, count)()
+
+
+def begun(part: Callable[[int, int], T], n: int, count: int | None = None) -> Callable[[], list[T]]:
+    """As `shared_out`, without waiting where there are several threads: call it for the results."""
+    threads = torch.get_num_threads()
+    both = ranges(n, count or threads)
+    if threads == 1 or len(both) == 1:
+        found = [part(low, high) for low, high in both]
+        return lambda: found
+    parts = [_pool(threads).submit(part, low, high) for low, high in both]
+    return lambda: [each.result() for each in parts]
 
 
 @cache

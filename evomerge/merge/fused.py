@@ -6,24 +6,26 @@ the tensor. The operations, their order and their rounding are those of the torc
 `evomerge.merge.methods`: the results are the same, bit by bit. torch does the work where numba is not
 installed, on other devices, and for other dtypes than float32 and bfloat16.
 
-Imports: numpy, torch, `evomerge.merge`; numba when there is something to merge.
+Imports: numpy, torch, `evomerge.merge`, `evomerge.sources`; numba when there is something to merge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from evomerge.merge.compiled import Array, located, readable, shared_out, words
+from evomerge.merge.compiled import Array, begun, located, readable, words
 from evomerge.merge.methods._gta import GtaKernel
 from evomerge.merge.methods._method import Kernel
 from evomerge.merge.methods.linear import LinearKernel
 from evomerge.merge.packed import Packed, known
+from evomerge.sources.streamed import RawDelta
 
 DTYPES = (torch.float32, torch.bfloat16)  # of the base
+ONE_LOOP = 5  # sources that one loop reads: a few more, and the compiler makes no vector instructions of it
 
 
 def fits(kernel: Kernel, base: torch.Tensor) -> bool:
@@ -41,8 +43,10 @@ def fits(kernel: Kernel, base: torch.Tensor) -> bool:
     return all(map(readable, deltas))
 
 
-def merge(kernel: Kernel, base: torch.Tensor, merged: torch.Tensor) -> bool:
-    """Merge the flat tensor `base` into `merged`; whether all results are finite.
+def begin(kernel: Kernel, base: torch.Tensor, merged: torch.Tensor) -> Callable[[], bool]:
+    """Begin to merge the flat tensor `base` into `merged`; call the result to wait for the end.
+
+    It returns whether all values are finite.
 
     Args:
         kernel: one that `fits`, made for `base`, from which every `RawDelta` counts.
@@ -51,23 +55,41 @@ def merge(kernel: Kernel, base: torch.Tensor, merged: torch.Tensor) -> bool:
     """
     with np.errstate(over="ignore"):  # a factor beyond float32 is infinite, and so are its results
         part = (_linear if isinstance(kernel, LinearKernel) else _gta)(kernel, words(base), words(merged))
-    return all(shared_out(part, base.numel()))
+    ended = begun(part, base.numel())
+    return lambda: all(ended())
 
 
 def _linear(kernel: Any, source: Array, target: Array) -> Callable[[int, int], bool]:
     from evomerge.merge import _loops
 
-    deltas, factors, divisor = located(kernel.deltas), kernel.factors.numpy(), np.float32(kernel.divisor)
-    return lambda low, high: bool(_loops.average(source, target, *deltas, factors, divisor, low, high))
+    divisor = np.float32(kernel.divisor)
+    raw = _raw_sources(kernel.deltas, source)
+    if raw is not None:
+        factors = tuple(kernel.factors.numpy())
+        return lambda low, high: bool(_loops.average_raw(source, target, raw, factors, divisor, low, high))
+    located_at, weights = located(kernel.deltas), kernel.factors.numpy()
+    return lambda low, high: bool(_loops.average(source, target, *located_at, weights, divisor, low, high))
 
 
 def _gta(kernel: Any, source: Array, target: Array) -> Callable[[int, int], bool]:
     from evomerge.merge import _loops
 
-    packed, scale = Packed(kernel.terms), np.float32(kernel.scale)
+    terms, scale, divisor = kernel.terms, np.float32(kernel.scale), np.float32(kernel.divisor)
+    raw = _raw_sources([term.delta for term in terms], source)
+    if raw is not None and not kernel.elected and all(term.kept is None for term in terms):
+        factors = tuple(np.float32(term.factor) for term in terms)
+        rest = (raw, factors, divisor, scale)
+        return lambda low, high: bool(_loops.add_raw(source, target, *rest, low, high))
+    packed = Packed(terms)
     if kernel.elected:
-        weights = np.array([term.weight for term in kernel.terms], np.float32)
-        rest = (weights, kernel.normalized, weights.min(), scale)
+        weights = tuple(np.float32(term.weight) for term in terms)
+        rest = (weights, kernel.normalized, min(weights), scale)
         return lambda low, high: bool(_loops.elect(source, target, packed.arrays, *rest, low, high))
-    divisor = np.float32(kernel.divisor)
     return lambda low, high: bool(_loops.add(source, target, packed.arrays, divisor, scale, low, high))
+
+
+def _raw_sources(deltas: Sequence[Any], base: Array) -> tuple[Array, ...] | None:
+    """The sources' entries, where all are held as such beside a base alike and fit into one loop."""
+    if base.dtype != np.uint16 or len(deltas) > ONE_LOOP or not all(isinstance(d, RawDelta) for d in deltas):
+        return None
+    return tuple(words(delta.source) for delta in deltas)

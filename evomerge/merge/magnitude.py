@@ -73,7 +73,7 @@ class Band:
 
 
 WORTH = 8  # entries of a class for which the count of one magnitude is remembered
-_NONE = np.zeros(0, np.uint32)
+_NONE = np.zeros((1, 0), np.uint32)
 NOTHING = Cut(math.inf, -1, math.inf)  # keeps no entry
 
 
@@ -108,7 +108,7 @@ class MagnitudeIndex:
         # entries in each used class and in all above it, from the highest class to the lowest
         self._reach = counts[self._lowest : self._highest + 1][::-1].cumsum()
         widths = np.where(widths <= np.maximum(counts // WORTH, 1), widths, 0) * (counts > 0)
-        # the counts of distinct magnitudes, and where those of a used class end
+        # the counts of distinct magnitudes in each part, and where those of a used class end
         self._counts = scans.distinct(delta, widths).astype(np.uint32) if widths.any() else _NONE
         self._ends = widths[self._lowest : self._highest + 1].cumsum().astype(np.int32)
 
@@ -126,9 +126,14 @@ class MagnitudeIndex:
         if k > self.n - self._zeros:
             return Cut(0.0, self.n - 1 if early else -1, 0.0, early)
         number, _, rest = self._class_of(k)
-        word, equal, wanted = _select(*(self._known(delta, number) or scans.within(delta, number)), rest)
+        word, counts, wanted = self._known(delta, number, rest) or scans.within(delta, number, rest)
+        equal = int(counts.sum())
         before = wanted if early else equal - wanted
-        last = -1 if before == 0 else self.n - 1 if before == equal else scans.place(delta, word, before)
+        last = -1 if before == 0 else self.n - 1
+        if 0 < before < equal:
+            reach = counts.cumsum()
+            at = int(np.searchsorted(reach, before))
+            last = scans.place(delta, word, before - int(reach[at] - counts[at]), scans.parts_of(delta)[at])
         return Cut(scans.magnitude(delta, word), last, scans.magnitude(delta, word - 1), early)
 
     def choice(self, delta: TaskVector, k: int, *, early: bool = True) -> Choice:
@@ -136,8 +141,11 @@ class MagnitudeIndex:
         if k > self.n - self._zeros:
             return Choice(0, 0, early)
         number, size, rest = self._class_of(k)
-        known = self._known(delta, number)
-        word, equal, wanted = _select(*known, rest) if known else scans.select(delta, number, size, rest)
+        known = self._known(delta, number, rest)
+        if known is None:
+            word, equal, wanted = scans.select(delta, number, size, rest)
+        else:
+            word, equal, wanted = known[0], int(known[1].sum()), known[2]
         return Choice(word, wanted if early else equal - wanted, early)
 
     def _class_of(self, k: int) -> tuple[int, int, int]:
@@ -146,14 +154,18 @@ class MagnitudeIndex:
         above = int(self._reach[at - 1]) if at else 0
         return self._highest - at, int(self._reach[at]) - above, k - above
 
-    def _known(self, delta: TaskVector, number: int) -> tuple[Array, Array] | None:
-        """Words in one class, the largest first, and how many entries have each; None if not remembered."""
+    def _known(self, delta: TaskVector, number: int, k: int) -> tuple[int, Array, int] | None:
+        """What `scans.within` finds; None where it is not remembered."""
         at = number - self._lowest
         begin, end = int(self._ends[at - 1]) if at else 0, int(self._ends[at])
         if begin == end:
             return None
-        first, step = scans.first_word(delta, number), scans.class_size(delta) // (end - begin)
-        return first + step * np.arange(end - begin - 1, -1, -1), self._counts[begin:end][::-1]
+        counts = self._counts[:, begin:end][:, ::-1]
+        reach = counts.sum(0).cumsum()
+        at = int(np.searchsorted(reach, k))
+        step = scans.class_size(delta) // (end - begin)
+        word = scans.first_word(delta, number) + step * (end - begin - 1 - at)
+        return word, counts[:, at], k - (int(reach[at - 1]) if at else 0)
 
     def between(self, delta: TaskVector, above: int, k: int) -> Band:
         """The band that keeps exactly `k` entries below the `above` largest; k >= 1, above + k <= n.
@@ -163,9 +175,3 @@ class MagnitudeIndex:
         inner = self.largest(delta, above, early=False) if above else None
         return Band(self.largest(delta, above + k, early=False), inner)
 
-
-def _select(words: Array, counts: Array, k: int) -> tuple[int, int, int]:
-    """Of the k-th entry, from 1, in this order: its word, how often that occurs, which of these it is."""
-    reach = counts.cumsum()
-    at = int(np.searchsorted(reach, k))
-    return int(words[at]), int(counts[at]), k - (int(reach[at - 1]) if at else 0)

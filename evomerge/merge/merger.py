@@ -9,8 +9,8 @@ Imports: torch, `evomerge.merge`, `evomerge.sources`, `evomerge.errors`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from evomerge.errors import RecipeError
 from evomerge.merge.compiled import available
 from evomerge.merge.device_pass import DevicePass, usable
 from evomerge.merge.device_sources import DeviceSources
-from evomerge.merge.fused import DTYPES, fits, merge
+from evomerge.merge.fused import DTYPES, begin, fits
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods._method import CHUNK, Method, TensorInputs
 from evomerge.merge.plan import MergePlan, TensorOp
@@ -29,6 +29,7 @@ from evomerge.sources.streamed import TaskVector, from_held
 T = TypeVar("T")
 Read = Callable[[str, str, torch.Tensor], TaskVector | None]  # of a model, a tensor and its flat base
 
+AHEAD_BYTES = 32 << 20  # of tensors that may be begun before they are asked for
 DEVICE_CHUNK = 1 << 24  # entries per kernel call on an accelerator, where launching costs more than memory
 WHOLE_BYTES = 256 << 20  # without a cache: task vectors of a tensor that are held in memory all at once
 
@@ -151,8 +152,24 @@ class Merger:
         if self._on_device is not None:
             yield from self._on_device.run(wanted)
             return
-        for op in wanted:
-            yield op.tensor, self._merge(op)
+        yield from self._ahead(wanted)
+
+    def _ahead(self, ops: Iterable[TensorOp]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Merge tensors in order; a few small ones are begun before they are asked for.
+
+        The compiled loops run in threads of their own, which need not wait for what happens between tensors.
+        """
+        begun: deque[tuple[TensorOp, Merging]] = deque()
+        size = 0
+        for op in ops:
+            begun.append((op, self._begin(op)))
+            size += begun[-1][1].size
+            while size > AHEAD_BYTES:
+                first, merging = begun.popleft()
+                size -= merging.size
+                yield first.tensor, merging.end()
+        for op, merging in begun:
+            yield op.tensor, merging.end()
 
     def _check_statistics(self, op: TensorOp) -> None:
         kind = METHODS[op.setting.method].spec.needs
@@ -162,9 +179,12 @@ class Merger:
                 raise RecipeError(f"{op.cell}: {lacking(op.setting.method, str(kind), model)}")
 
     def _merge(self, op: TensorOp) -> torch.Tensor:
+        return self._begin(op).end()
+
+    def _begin(self, op: TensorOp) -> Merging:
         base = self._base(op.tensor)
         if not base.is_floating_point() or not op.setting.models or not base.numel():
-            return base
+            return Merging(base)
         method = METHODS[op.setting.method]
         read = self._reader(method, base, len(op.setting.models))
         deltas = [
@@ -175,7 +195,7 @@ class Merger:
             (m, op.tensor) for m, delta in zip(op.setting.models, deltas, strict=True) if delta is None
         )
         if all(delta is None for delta in deltas) and method.keeps_base(op.setting):
-            return base
+            return Merging(base)
         inputs = TensorInputs(
             base=base.reshape(-1),
             deltas=deltas,
@@ -192,9 +212,7 @@ class Merger:
         kernel = method.kernel(inputs)
         merged = torch.empty_like(inputs.base)
         if fits(kernel, inputs.base):
-            if not merge(kernel, inputs.base, merged):
-                raise _not_finite(op, base.dtype)
-            return merged.reshape(base.shape)
+            return Merging(merged.reshape(base.shape), op, begin(kernel, inputs.base, merged))
         work = inputs.scratch(1)[0]
         check = torch.zeros((), device=self._device)
         for low in range(0, merged.numel(), self._chunk):
@@ -205,7 +223,7 @@ class Merger:
         # one test per tensor; a finite tensor whose sum overflows is looked at again
         if not check.isfinite() and not merged.isfinite().all():
             raise _not_finite(op, base.dtype)
-        return merged.reshape(base.shape)
+        return Merging(merged.reshape(base.shape))
 
     def _base(self, tensor: str) -> torch.Tensor:
         if self._on_device is not None:
@@ -264,6 +282,25 @@ def _not_finite(op: TensorOp, dtype: torch.dtype) -> RecipeError:
         f"{op.cell}, tensor `{op.tensor}`: {op.setting.method} gives values that are not finite in {dtype}; "
         "its weights are too large for this tensor, or a source holds such values"
     )
+
+
+class Merging(NamedTuple):
+    """A tensor that may still be written."""
+
+    tensor: torch.Tensor
+    op: TensorOp | None = None  # of a tensor that is
+    ended: Callable[[], bool] | None = None  # waits; whether all values are finite
+
+    @property
+    def size(self) -> int:
+        """Bytes of a tensor that takes memory of its own and may not be ready."""
+        return self.tensor.nbytes if self.op is not None else 0
+
+    def end(self) -> torch.Tensor:
+        """The merged tensor; `RecipeError` where it is not finite."""
+        if self.op is not None and self.ended is not None and not self.ended():
+            raise _not_finite(self.op, self.tensor.dtype)
+        return self.tensor
 
 
 class _Entry(NamedTuple):

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evomerge.merge.compiled import BLOCK, Array, base_of, located, readable, shared_out
+from evomerge.merge.compiled import BLOCK, Array, base_of, located, ranges, readable, shared_out
 from evomerge.sources.streamed import TaskVector
 
 CLASS_BITS = 15  # leading bits that name a class: of float32 the exponent and 7 mantissa bits
+PARTS = 8  # of a task vector, in which magnitudes are counted apart: a place is looked for in one of them
 COUNTED = 1 << 20  # entries that torch looks at in one step; each step costs one addition per class
 DEVICE_COUNTED = 1 << 26  # on an accelerator, where each step costs a launch
 
@@ -96,12 +97,20 @@ def classes(delta: TaskVector) -> tuple[Array, Array, int]:
     return total.cpu().numpy(), widths, int(none)
 
 
+def parts_of(delta: TaskVector) -> list[tuple[int, int]]:
+    """The ranges of entries in which `distinct` counts apart."""
+    return ranges(delta.numel(), PARTS) if readable(delta) else [(0, delta.numel())]
+
+
 def distinct(delta: TaskVector, widths: Array) -> Array:
     """How often each magnitude occurs of the classes whose width is not 0, class after class.
 
     Args:
         delta: one that is `remembered`.
         widths: as from `classes`, or 0 for a class that is not wanted.
+
+    Returns:
+        `(parts, sum of the widths)`, for each of `parts_of`.
     """
     low_bits = _FORMATS[delta.dtype].low_bits
     ends = widths.cumsum()
@@ -110,8 +119,7 @@ def distinct(delta: TaskVector, widths: Array) -> Array:
     if readable(delta):
         from evomerge.merge._loops import distinct as loop
 
-        found: Array = sum(_shared(loop, delta, places, shifts, size))
-        return found
+        return np.stack(_shared(loop, delta, places, shifts, size, count=PARTS))
     total = torch.zeros(size + 1, dtype=torch.int64, device=delta.device)  # the last one: not wanted
     first, shift = (torch.from_numpy(x).to(delta.device, torch.int64) for x in (places, shifts))
     one = total.new_ones(())
@@ -121,21 +129,28 @@ def distinct(delta: TaskVector, widths: Array) -> Array:
         inside = (block & (1 << low_bits) - 1) >> shift[number]
         place = torch.where(place < 0, size, place + inside)
         total.scatter_add_(0, place, one.expand_as(place))
-    return total[:-1].cpu().numpy()
+    return total[None, :-1].cpu().numpy()
 
 
-def within(delta: TaskVector, number: int) -> tuple[Array, Array]:
-    """The distinct words in a class, the largest first, and how many entries have each."""
+def within(delta: TaskVector, number: int, k: int) -> tuple[int, Array, int]:
+    """Of the k-th largest entry in a class.
+
+    Returns:
+        Its word, how often that occurs in each of `parts_of`, and which of these it is.
+    """
     if readable(delta):
-        from evomerge.merge._loops import low_counts as loop
+        from evomerge.merge._loops import members
 
-        often = sum(_shared(loop, delta, np.uint32(number)))
-        used = np.flatnonzero(often)[::-1]
-        return used + first_word(delta, number), often[used]
-    low_bits = _FORMATS[delta.dtype].low_bits
-    found = [block[block >> low_bits == number] for _, block in _words(delta)]
-    words, counts = np.unique(torch.cat(found).cpu().numpy(), return_counts=True)
-    return words[::-1], counts[::-1]
+        found = _shared(members, delta, np.uint32(number), count=PARTS)
+    else:
+        low_bits = _FORMATS[delta.dtype].low_bits
+        blocks = [block[block >> low_bits == number] for _, block in _words(delta)]
+        found = [(torch.cat(blocks) - first_word(delta, number)).cpu().numpy()]
+    entries = np.sort(np.concatenate(found))
+    low = entries[-k]
+    above = len(entries) - int(np.searchsorted(entries, low, "right"))
+    counts = np.array([np.count_nonzero(part == low) for part in found])
+    return first_word(delta, number) + int(low), counts, k - above
 
 
 def select(delta: TaskVector, number: int, size: int, k: int) -> tuple[torch.Tensor, ...]:
@@ -152,19 +167,13 @@ def select(delta: TaskVector, number: int, size: int, k: int) -> tuple[torch.Ten
     return value.view(form.integers).long(), (values >= value).sum() - above, k - above
 
 
-def place(delta: TaskVector, word: int, count: int) -> int:
-    """Flat index of the `count`-th entry, from 1, that has this word."""
+def place(delta: TaskVector, word: int, count: int, part: tuple[int, int]) -> int:
+    """Flat index of the `count`-th entry, from 1, that has this word, in one of `parts_of` or the whole."""
     if readable(delta):
-        from evomerge.merge._loops import equal_counts as loop
         from evomerge.merge._loops import nth
 
-        counts = np.empty(-(-delta.numel() // BLOCK), np.int32)
-        _shared(loop, delta, np.uint32(word), counts)
-        reach = counts.cumsum()
-        number = int(np.searchsorted(reach, count))
-        ((address,), (raw,)), before = located([delta]), int(reach[number] - counts[number])
-        low, high = number * BLOCK, min((number + 1) * BLOCK, delta.numel())
-        return int(nth(address, raw, base_of(delta), np.uint32(word), count - before, low, high))
+        ((address,), (raw,)) = located([delta])
+        return int(nth(address, raw, base_of(delta), np.uint32(word), count, *part))
     for low, block in _words(delta):
         equal = block.eq(word)
         some = int(equal.sum())
@@ -174,7 +183,11 @@ def place(delta: TaskVector, word: int, count: int) -> int:
     raise AssertionError("the task vector is not the one that was indexed")
 
 
-def _shared(loop: Callable[..., Any], delta: TaskVector, *arguments: Any) -> list[Any]:
-    """A loop over all entries, in as many parts as there are threads."""
+def _shared(
+    loop: Callable[..., Any], delta: TaskVector, *arguments: Any, count: int | None = None
+) -> list[Any]:
+    """A loop over all entries, in `count` parts or as many as there are threads."""
     ((address,), (raw,)), base = located([delta]), base_of(delta)
-    return shared_out(lambda low, high: loop(address, raw, base, *arguments, low, high), delta.numel())
+    return shared_out(
+        lambda low, high: loop(address, raw, base, *arguments, low, high), delta.numel(), count
+    )

@@ -91,7 +91,7 @@ def by_numba(inputs: TensorInputs) -> tuple[torch.Tensor, bool] | None:
     if not fused.fits(kernel, inputs.base):
         return None
     merged = torch.empty_like(inputs.base)
-    return merged, fused.merge(kernel, inputs.base, merged)
+    return merged, fused.begin(kernel, inputs.base, merged)()
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -163,7 +163,7 @@ def test_masks_drawn_in_the_loops_are_those_of_torch(density, classes):
     kernel = GtaKernel((Term(delta, drawn, 0.7, 1.0),), False, False, 1.0, 1.0, torch.empty(2, N))
     merged = torch.empty_like(base)
     assert fused.fits(kernel, base)
-    assert fused.merge(kernel, base, merged)
+    assert fused.begin(kernel, base, merged)()
     kernel(0, N, base)
     assert same_bits(merged, base)
 
