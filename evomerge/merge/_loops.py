@@ -402,24 +402,25 @@ def average(source, target, addresses, raws, factors, divisor, start, stop):
 
 @njit(nogil=True, cache=True)
 def sizes(source, terms, sums, start, stop):
-    """The magnitudes of the first term summed by blocks, as `norms.l1` says; `start` is a multiple of one."""
+    """The magnitudes of every term summed by blocks, as `norms.l1` says; `start` is a multiple of one."""
     base, x = np.zeros(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     part = np.empty(BLOCK // 2, np.float64)
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
-        if terms[1][0]:
+        if len(source):
             _widen(source, low, m, base)
-        _term(0, terms, base, low, m, x)
-        for i in range(m, BLOCK):
-            x[i] = np.float32(0)
-        half = BLOCK // 2
-        for i in range(half):
-            part[i] = np.float64(abs(x[i])) + np.float64(abs(x[i + half]))
-        while half > 1:
-            half //= 2
+        for k in range(len(sums)):
+            _term(k, terms, base, low, m, x)
+            for i in range(m, BLOCK):
+                x[i] = np.float32(0)
+            half = BLOCK // 2
             for i in range(half):
-                part[i] += part[i + half]
-        sums[low // BLOCK] = part[0]
+                part[i] = np.float64(abs(x[i])) + np.float64(abs(x[i + half]))
+            while half > 1:
+                half //= 2
+                for i in range(half):
+                    part[i] += part[i + half]
+            sums[k, low // BLOCK] = part[0]
 
 
 @register_jitable

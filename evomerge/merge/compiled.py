@@ -71,20 +71,27 @@ def ranges(n: int, count: int) -> list[tuple[int, int]]:
 
 def shared_out(part: Callable[[int, int], T], n: int, count: int | None = None) -> list[T]:
     """`part(low, high)` over [0, n) in order, in `count` ranges or as many as torch has threads."""
-    return begun(part, n, count)()
-
-
-def begun(part: Callable[[int, int], T], n: int, count: int | None = None) -> Callable[[], list[T]]:
-    """As `shared_out`, without waiting where there are several threads: call it for the results."""
     threads = torch.get_num_threads()
-    both = ranges(n, count or threads)
-    if threads == 1 or len(both) == 1:
-        found = [part(low, high) for low, high in both]
+    first, *rest = ranges(n, count or threads)
+    if threads == 1:
+        return [part(low, high) for low, high in (first, *rest)]
+    others = [_pool(threads, "now").submit(part, low, high) for low, high in rest]
+    return [part(*first), *(each.result() for each in others)]
+
+
+def begun(part: Callable[[int, int], T], n: int) -> Callable[[], list[T]]:
+    """As `shared_out`, without waiting where there are several threads: call it for the results.
+
+    What is shared out later does not wait behind it.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or n < SHARED:
+        found = [part(0, n)]
         return lambda: found
-    parts = [_pool(threads).submit(part, low, high) for low, high in both]
+    parts = [_pool(threads, "later").submit(part, low, high) for low, high in ranges(n, threads)]
     return lambda: [each.result() for each in parts]
 
 
 @cache
-def _pool(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="merge")
+def _pool(threads: int, name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"merge-{name}")

@@ -78,8 +78,7 @@ def _gta(kernel: Any, source: Array, target: Array) -> Callable[[int, int], bool
     raw = _raw_sources([term.delta for term in terms], source)
     if raw is not None and not kernel.elected and all(term.kept is None for term in terms):
         factors = tuple(np.float32(term.factor) for term in terms)
-        rest = (raw, factors, divisor, scale)
-        return lambda low, high: bool(_loops.add_raw(source, target, *rest, low, high))
+        return lambda low, high: bool(_loops.add_raw(source, target, raw, factors, divisor, scale, low, high))
     packed = Packed(terms)
     if kernel.elected:
         weights = tuple(np.float32(term.weight) for term in terms)

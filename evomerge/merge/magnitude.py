@@ -142,11 +142,11 @@ class MagnitudeIndex:
             return Choice(0, 0, early)
         number, size, rest = self._class_of(k)
         known = self._known(delta, number, rest)
-        if known is None:
-            word, equal, wanted = scans.select(delta, number, size, rest)
-        else:
-            word, equal, wanted = known[0], int(known[1].sum()), known[2]
-        return Choice(word, wanted if early else equal - wanted, early)
+        if known is not None:
+            word, counts, wanted = known
+            return Choice(word, wanted if early else int(counts.sum()) - wanted, early)
+        found, equal, which = scans.select(delta, number, size, rest)
+        return Choice(found, which if early else equal - which, early)
 
     def _class_of(self, k: int) -> tuple[int, int, int]:
         """Of the k-th largest entry: its class, how many are in it, which of these it is."""
@@ -174,4 +174,3 @@ class MagnitudeIndex:
         """
         inner = self.largest(delta, above, early=False) if above else None
         return Band(self.largest(delta, above + k, early=False), inner)
-

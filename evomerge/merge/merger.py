@@ -160,11 +160,11 @@ class Merger:
         The compiled loops run in threads of their own, which need not wait for what happens between tensors.
         """
         begun: deque[tuple[TensorOp, Merging]] = deque()
-        size = 0
+        size, most = 0, AHEAD_BYTES if self._cache.limit else 0  # without a cache, sources take memory too
         for op in ops:
             begun.append((op, self._begin(op)))
             size += begun[-1][1].size
-            while size > AHEAD_BYTES:
+            while size > most:
                 first, merging = begun.popleft()
                 size -= merging.size
                 yield first.tensor, merging.end()

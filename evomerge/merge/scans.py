@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evomerge.merge.compiled import BLOCK, Array, base_of, located, ranges, readable, shared_out
+from evomerge.merge.compiled import Array, base_of, located, ranges, readable, shared_out
 from evomerge.sources.streamed import TaskVector
 
 CLASS_BITS = 15  # leading bits that name a class: of float32 the exponent and 7 mantissa bits
@@ -188,6 +188,4 @@ def _shared(
 ) -> list[Any]:
     """A loop over all entries, in `count` parts or as many as there are threads."""
     ((address,), (raw,)), base = located([delta]), base_of(delta)
-    return shared_out(
-        lambda low, high: loop(address, raw, base, *arguments, low, high), delta.numel(), count
-    )
+    return shared_out(lambda low, high: loop(address, raw, base, *arguments, low, high), delta.numel(), count)

@@ -95,7 +95,7 @@ def test_norms_are_those_of_the_cpu_to_the_last_bit_of_float64(monkeypatch):
     for number, name in enumerate(NAMES):
         blocks = sums[work.first_of[number] : work.first_of[number + 1]]
         for k, model in enumerate(models):
-            exact = l1(Term(sources.delta(model, name).reshape(-1), None, 1.0, 1.0))
+            (exact,) = l1([Term(sources.delta(model, name).reshape(-1), None, 1.0, 1.0)])
             assert math.fsum(blocks[:, k, 0].tolist()) == exact
 
 

@@ -181,17 +181,22 @@ def some_terms() -> dict[str, Term]:
     }
 
 
+def test_norms_of_several_terms_are_those_of_each():
+    together = [term for name, term in some_terms().items() if name != "short"]
+    assert norms.l1(together) == [norms.l1([term])[0] for term in together]
+
+
 @pytest.mark.parametrize("name", some_terms())
 @pytest.mark.parametrize("threads", [1, 3])
 def test_norms_have_the_same_bits_in_loops_and_in_torch(name, threads, monkeypatch):
     term = some_terms()[name]
     monkeypatch.setattr(compiled, "SHARED", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    by_loops = norms.l1(term)
+    (by_loops,) = norms.l1([term])
     monkeypatch.setattr(norms, "readable", lambda delta: False)
-    assert norms.l1(term) == by_loops
+    assert norms.l1([term]) == [by_loops]
     monkeypatch.setattr(norms, "BLOCKS", 2)
-    assert norms.l1(term) == by_loops
+    assert norms.l1([term]) == [by_loops]
     out = torch.empty(term.delta.numel())
     term.write(0, len(out), out)
     # at most 2**-53 for each of the 11 halvings of a block

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -72,12 +72,14 @@ class Term:
         kept: what of it takes part; None: everything.
         factor: the weight times what rescaling asks for.
         weight: what it counts in the divisor.
+        model: its name.
     """
 
     delta: TaskVector
     kept: Kept | None
     factor: float
     weight: float
+    model: str = ""
 
     def write(self, low: int, high: int, out: torch.Tensor) -> None:
         """Put entries [low, high) into `out`."""
@@ -107,6 +109,8 @@ def gta(inputs: TensorInputs, *, sparsify: Sparsify | None, consensus: bool) -> 
     ]
     if not terms:
         return lambda low, high, out: None
+    if sparsify is not None and inputs.parameter("rescale"):
+        terms = _rescaled(inputs, terms)
     normalized, scale = bool(inputs.parameter("normalize")), float(inputs.parameter("lambda"))
     elected = consensus and len(terms) > 1
     divisor = divisor_of([term.weight for term in terms], inputs.values("weight"), normalized, consensus)
@@ -134,17 +138,24 @@ def _term(
     inputs: TensorInputs, index: int, delta: TaskVector, weight: float, sparsify: Sparsify | None
 ) -> Term:
     density = 1.0 if sparsify is None else inputs.values("density")[index]
-    if sparsify is None or density >= 1.0:
-        return Term(delta, None, weight, weight)
-    kept, factor = sparsify(inputs, index, delta, density), weight
-    if inputs.parameter("rescale"):
-        from evomerge.merge.norms import l1
+    kept = None if sparsify is None or density >= 1.0 else sparsify(inputs, index, delta, density)
+    return Term(delta, kept, weight, weight, inputs.models[index])
 
-        before = inputs.once(("l1", inputs.models[index]), lambda: l1(Term(delta, None, 1.0, 1.0)))
-        after = l1(Term(delta, kept, 1.0, 1.0))
-        if before >= SMALLEST_NORM and after >= SMALLEST_NORM:
-            factor *= before / after
-    return Term(delta, kept, factor, weight)
+
+def _rescaled(inputs: TensorInputs, terms: list[Term]) -> list[Term]:
+    """Terms with factors that give what they keep the norm of the whole task vector."""
+    from evomerge.merge.norms import l1
+
+    cut = [term for term in terms if term.kept is not None]
+    whole = [replace(term, kept=None, factor=1.0) for term in cut]
+    before = [inputs.once(("l1", t.model), lambda t=t: l1([t])[0]) for t in whole]  # type: ignore[misc]
+    after = l1([replace(term, factor=1.0) for term in cut])
+    by = {
+        term.model: old / new
+        for term, old, new in zip(cut, before, after, strict=True)
+        if old >= SMALLEST_NORM and new >= SMALLEST_NORM
+    }
+    return [replace(term, factor=term.weight * by.get(term.model, 1.0)) for term in terms]
 
 
 @dataclass(frozen=True)
