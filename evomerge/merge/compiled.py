@@ -6,7 +6,7 @@ Imports: numpy, torch, `evomerge.sources`; numba when `available` is asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
 
@@ -70,28 +70,34 @@ def ranges(n: int, count: int) -> list[tuple[int, int]]:
 
 
 def shared_out(part: Callable[[int, int], T], n: int, count: int | None = None) -> list[T]:
-    """`part(low, high)` over [0, n) in order, in `count` ranges or as many as torch has threads."""
+    """`part(low, high)` over [0, n) in order, in `count` ranges, by as many threads as torch has.
+
+    While what was `begun` keeps these busy, this thread does it alone: sharing a core costs more.
+    """
     threads = torch.get_num_threads()
     first, *rest = ranges(n, count or threads)
-    if threads == 1:
+    if len(_begun) + 1 >= threads:
         return [part(low, high) for low, high in (first, *rest)]
-    others = [_pool(threads, "now").submit(part, low, high) for low, high in rest]
+    others = [_pool(threads).submit(part, low, high) for low, high in rest]
     return [part(*first), *(each.result() for each in others)]
 
 
 def begun(part: Callable[[int, int], T], n: int) -> Callable[[], list[T]]:
-    """As `shared_out`, without waiting where there are several threads: call it for the results.
-
-    What is shared out later does not wait behind it.
-    """
+    """As `shared_out`, without waiting where there are several threads: call it for the results."""
     threads = torch.get_num_threads()
     if threads == 1 or n < SHARED:
         found = [part(0, n)]
         return lambda: found
-    parts = [_pool(threads, "later").submit(part, low, high) for low, high in ranges(n, threads)]
+    parts = [_pool(threads).submit(part, low, high) for low, high in ranges(n, threads)]
+    _begun.update(parts)
+    for each in parts:
+        each.add_done_callback(_begun.discard)
     return lambda: [each.result() for each in parts]
 
 
+_begun: set[Future[Any]] = set()
+
+
 @cache
-def _pool(threads: int, name: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix=f"merge-{name}")
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="merge")

@@ -25,7 +25,7 @@ from evomerge.merge.packed import Packed, known
 from evomerge.sources.streamed import RawDelta
 
 DTYPES = (torch.float32, torch.bfloat16)  # of the base
-ONE_LOOP = 5  # sources that one loop reads: a few more, and the compiler makes no vector instructions of it
+ONE_LOOP = 8  # sources that one loop reads; of many more the compiler makes no vector instructions
 
 
 def fits(kernel: Kernel, base: torch.Tensor) -> bool:
