@@ -267,6 +267,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Drop the model and the cached task vectors."""
         self._weights, self._held = {}, {}
+        self._merger.forget()
         self.model = None
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()

@@ -106,6 +106,11 @@ class Merger:
         """Memory that the cache holds now."""
         return self._cache.used
 
+    def forget(self) -> None:
+        """Give back the memory of everything kept between candidates."""
+        self._cache.clear()
+        self._host_cache.clear()
+
     @property
     def fused_on_device(self) -> bool:
         """Whether the common methods are merged by the accelerator's own kernels."""
@@ -325,6 +330,10 @@ class _Cache:
 
     def begin_pass(self) -> None:
         self._pass += 1
+
+    def clear(self) -> None:
+        self.used = 0
+        self._entries.clear()
 
     def get(self, key: Hashable, compute: Callable[[], T]) -> T:
         entry = self._entries.get(key)

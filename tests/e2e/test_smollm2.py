@@ -7,6 +7,7 @@ README reports, so that they fail when something is broken and not when a sum is
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,11 @@ def parts() -> Parts:
 
 
 @pytest.fixture(scope="module")
-def engine(parts: Parts) -> TransformersEngine:
+def engine(parts: Parts) -> Iterator[TransformersEngine]:
     made = transformers_engine(parts.sources, parts.layout)
     assert isinstance(made, TransformersEngine)
-    return made
+    yield made
+    made.close()
 
 
 def everywhere(parts: Parts, method: str, models: dict[str, dict[str, float]]) -> Recipe:

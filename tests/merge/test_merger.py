@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evomerge.errors import RecipeError
+from evomerge.merge import compiled
 from evomerge.merge.compiled import available
 from evomerge.merge.mask import keep_mask
 from evomerge.merge.merger import Merger
@@ -245,6 +246,30 @@ def test_a_second_candidate_reads_no_task_vector_again():
     for name in ("ties", "dare_linear", "linear"):
         dict(merger.materialize(plan_of(SETTINGS[name], sources)))
     assert set(sources.reads.values()) == {1}
+
+
+def test_a_merger_that_forgets_holds_no_memory_and_merges_as_before():
+    sources = MemorySources()
+    merger = Merger(sources, cache_bytes=1 << 30)
+    before = dict(merger.materialize(plan_of(SETTINGS["ties"], sources)))
+    merger.forget()
+    assert merger.cached_bytes == 0
+    after = dict(merger.materialize(plan_of(SETTINGS["ties"], sources)))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_linear", "linear", "task arithmetic"])
+def test_tensors_begun_ahead_by_several_threads_come_in_order_with_the_same_bits(name, monkeypatch):
+    sources = MemorySources()
+    plan = plan_of(SETTINGS[name], sources)
+    alone = list(Merger(sources).materialize(plan))
+    monkeypatch.setattr(compiled, "SHARED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    merger = Merger(sources, cache_bytes=1 << 30)
+    for _ in range(3):
+        together = list(merger.materialize(plan))
+        assert [name for name, _ in together] == [name for name, _ in alone]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(together, alone, strict=True))
 
 
 @pytest.mark.skipif(not available(), reason="the loops that read sources as stored are compiled by numba")
