@@ -1,72 +1,32 @@
-"""The compiled loops of `evomerge.merge.fused` and `evomerge.merge.scans`; importing this needs numba.
+"""The compiled loops of `evomerge.merge.fused` and `evomerge.merge.norms`; importing this needs numba.
 
 A task vector comes as an address, because a compiled function takes any number of arrays only through their
 addresses: that of its float32 entries, or, where it is `raw`, that of a source's bfloat16 entries, from which
 the base's are subtracted on the way. The base and the result are float32, or bfloat16 as uint16. Every loop
 over a block is one operation on arrays in the first-level cache, which the compiler turns into vector
-instructions. All of this is one file, because numba's cache of compiled functions looks at no other.
+instructions.
 
-Imports: numba, llvmlite, numpy, `evomerge.merge.compiled`.
+Imports: numba, numpy, `evomerge.merge.compiled`.
 """
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, njit, types
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import overload, register_jitable
 
+from evomerge.merge._bits import (
+    SIGNLESS,
+    as_float,
+    as_word,
+    floats_at,
+    halves_at,
+    ints_at,
+    multiply_add,
+    shorts_at,
+    words_at,
+)
 from evomerge.merge.compiled import BLOCK  # ten float32 buffers of this size stay in 80 KiB
 
-SIGNLESS = np.uint32(0x7FFFFFFF)
-LOW_BITS = np.uint32(16)  # of a magnitude's word, below those that name its class
 DRAWN, BY_SHORT, BY_INT = np.uint64(1), np.uint64(2), np.uint64(3)  # how chances are given, see `_drop`
-
-
-@intrinsic
-def _as_float(typing_context, word):
-    """The float32 with the bits of a uint32."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic
-def _as_word(typing_context, number):
-    """The bits of a float32 as uint32."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-@intrinsic
-def _multiply_add(typing_context, a, b, c):
-    """a * b + c, rounded once, as torch's `addcmul` does in float32."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.fma(*arguments)
-
-    return types.float32(types.float32, types.float32, types.float32), generate
-
-
-def _pointer(kind):
-    @intrinsic
-    def at(typing_context, address):
-        """An address as a pointer."""
-        signature = types.CPointer(kind)(types.uint64)
-
-        def generate(context, builder, signature, arguments):
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return signature, generate
-
-    return at
-
-
-_floats_at, _words_at = _pointer(types.float32), _pointer(types.uint32)
-_halves_at, _shorts_at, _ints_at = _pointer(types.uint16), _pointer(types.int16), _pointer(types.int32)
 
 
 def _widen(source, low, m, out):
@@ -78,7 +38,7 @@ def _widen_for(source, low, m, out):
     def from_bfloat16(source, low, m, out):
         part = source[low : low + m]
         for i in range(m):
-            out[i] = _as_float(np.uint32(part[i]) << np.uint32(16))
+            out[i] = as_float(np.uint32(part[i]) << np.uint32(16))
 
     def from_float32(source, low, m, out):
         part = source[low : low + m]
@@ -95,14 +55,14 @@ def _put(part, i, value):
 @overload(_put)
 def _put_for(part, i, value):
     def as_bfloat16(part, i, value):
-        word = _as_word(value)
+        word = as_word(value)
         short = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         part[i] = np.uint16(short)
         return np.uint32(word & SIGNLESS)
 
     def as_float32(part, i, value):
         part[i] = value
-        return np.uint32(_as_word(value) & SIGNLESS)
+        return np.uint32(as_word(value) & SIGNLESS)
 
     return as_bfloat16 if part.dtype == types.uint16 else as_float32
 
@@ -121,12 +81,12 @@ def _least_infinite_for(target):
 def _above(address, raw, base, limit, factor, x):
     """factor * d for the entries d from an address on, 0 for |d| <= limit; NaN stays."""
     if raw:
-        source = carray(_halves_at(address), len(x))
+        source = carray(halves_at(address), len(x))
         for i in range(len(x)):
-            d = _as_float(np.uint32(source[i]) << np.uint32(16)) - base[i]
+            d = as_float(np.uint32(source[i]) << np.uint32(16)) - base[i]
             x[i] = (np.float32(0) if abs(d) <= limit else d) * factor
     else:
-        delta = carray(_floats_at(address), len(x))
+        delta = carray(floats_at(address), len(x))
         for i in range(len(x)):
             d = delta[i]
             x[i] = (np.float32(0) if abs(d) <= limit else d) * factor
@@ -164,17 +124,17 @@ def _drop(draw, low, factor, x):
     int32) and of the limit of each class.
     """
     keys = (np.uint32(draw[1]), np.uint32(draw[2]))
-    limits = carray(_words_at(draw[4]), 1 << 31)
+    limits = carray(words_at(draw[4]), 1 << 31)
     if draw[0] == DRAWN:
         limit = np.uint32(draw[3])
         for i in range(len(x)):
             x[i] = _keep(x[i], low + i, keys, limit, factor)
     elif draw[0] == BY_SHORT:
-        shorts = carray(_shorts_at(draw[3] + np.uint64(2 * low)), len(x))
+        shorts = carray(shorts_at(draw[3] + np.uint64(2 * low)), len(x))
         for i in range(len(x)):
             x[i] = _keep(x[i], low + i, keys, limits[np.uint64(shorts[i])], factor)
     else:
-        ints = carray(_ints_at(draw[3] + np.uint64(4 * low)), len(x))
+        ints = carray(ints_at(draw[3] + np.uint64(4 * low)), len(x))
         for i in range(len(x)):
             x[i] = _keep(x[i], low + i, keys, limits[np.uint64(ints[i])], factor)
 
@@ -208,7 +168,7 @@ def _term(k, terms, base, low, m, x):
 @register_jitable
 def _entry(halves, i, base):
     """Entry of a task vector whose source is bfloat16."""
-    return _as_float(np.uint32(halves[i]) << np.uint32(16)) - base
+    return as_float(np.uint32(halves[i]) << np.uint32(16)) - base
 
 
 def _summed(sources, factors, i, base):
@@ -241,7 +201,7 @@ def add_raw(source, target, sources, factors, divisor, scale, start, stop):
     largest = np.uint32(0)
     before, after, read = source[start:stop], target[start:stop], _parts(sources, start, stop)
     for i in range(len(before)):
-        base = _as_float(np.uint32(before[i]) << np.uint32(16))
+        base = as_float(np.uint32(before[i]) << np.uint32(16))
         mix = _summed(read, factors, i, base) / divisor
         largest = max(largest, _put(after, i, mix * scale + base))
     return largest < _least_infinite(target)
@@ -355,7 +315,7 @@ def _averaged(sources, factors, i, base):
 def _averaged_for(sources, factors, i, base):
     if len(sources) == 0:
         return lambda sources, factors, i, base: np.float32(0)
-    return lambda sources, factors, i, base: _multiply_add(
+    return lambda sources, factors, i, base: multiply_add(
         base + _entry(sources[-1], i, base), factors[-1], _averaged(sources[:-1], factors[:-1], i, base)
     )
 
@@ -366,7 +326,7 @@ def average_raw(source, target, sources, factors, divisor, start, stop):
     largest = np.uint32(0)
     before, after, read = source[start:stop], target[start:stop], _parts(sources, start, stop)
     for i in range(len(before)):
-        base = _as_float(np.uint32(before[i]) << np.uint32(16))
+        base = as_float(np.uint32(before[i]) << np.uint32(16))
         largest = max(largest, _put(after, i, _averaged(read, factors, i, base) / divisor))
     return largest < _least_infinite(target)
 
@@ -385,15 +345,15 @@ def average(source, target, addresses, raws, factors, divisor, start, stop):
             factor, address = factors[k], addresses[k]
             if address == 0:
                 for i in range(m):
-                    total[i] = _multiply_add(base[i], factor, total[i])
+                    total[i] = multiply_add(base[i], factor, total[i])
             elif raws[k]:
-                half = carray(_halves_at(address + np.uint64(2 * low)), m)
+                half = carray(halves_at(address + np.uint64(2 * low)), m)
                 for i in range(m):
-                    total[i] = _multiply_add(base[i] + _entry(half, i, base[i]), factor, total[i])
+                    total[i] = multiply_add(base[i] + _entry(half, i, base[i]), factor, total[i])
             else:
-                delta = carray(_floats_at(address + np.uint64(4 * low)), m)
+                delta = carray(floats_at(address + np.uint64(4 * low)), m)
                 for i in range(m):
-                    total[i] = _multiply_add(base[i] + delta[i], factor, total[i])
+                    total[i] = multiply_add(base[i] + delta[i], factor, total[i])
         part = target[low : low + m]
         for i in range(m):
             largest = max(largest, _put(part, i, total[i] / divisor))
@@ -421,114 +381,3 @@ def sizes(source, terms, sums, start, stop):
                 for i in range(half):
                     part[i] += part[i + half]
             sums[k, low // BLOCK] = part[0]
-
-
-@register_jitable
-def _magnitudes(address, raw, source, low, m, words):
-    """Bits of |delta| on entries [low, low + m); `source` is the base where the task vector is raw."""
-    if raw:
-        half = carray(_halves_at(address + np.uint64(2 * low)), m)
-        part = source[low : low + m]
-        for i in range(m):
-            entry = _as_float(np.uint32(half[i]) << np.uint32(16))
-            base = _as_float(np.uint32(part[i]) << np.uint32(16))
-            words[i] = _as_word(entry - base) & SIGNLESS
-    else:
-        delta = carray(_words_at(address + np.uint64(4 * low)), m)
-        for i in range(m):
-            words[i] = delta[i] & SIGNLESS
-
-
-@njit(nogil=True, cache=True)
-def classes(address, raw, source, start, stop):
-    """Per class of magnitudes the number of entries in [start, stop) and the bits below the class, or'ed.
-
-    Returns the number of zeros with them.
-    """
-    counts, bits = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.uint32)
-    words = np.empty(BLOCK, np.uint32)
-    zeros = 0
-    for low in range(start, stop, BLOCK):
-        m = min(BLOCK, stop - low)
-        _magnitudes(address, raw, source, low, m, words)
-        some = np.uint32(0)
-        for i in range(m):
-            some += np.uint32(words[i] == np.uint32(0))
-        zeros += some
-        for i in range(m):
-            word = words[i]
-            number = word >> LOW_BITS
-            counts[number] += 1
-            bits[number] |= word & np.uint32(0xFFFF)
-    return counts, bits, zeros
-
-
-@njit(nogil=True, cache=True)
-def distinct(address, raw, source, places, shifts, size, start, stop):
-    """Counts of the magnitudes in some classes: `places` of the classes, -1 for those not wanted.
-
-    The counts of a class stand together; `shifts` is the number of low bits that are 0 throughout it.
-    """
-    counts, words = np.zeros(size, np.int64), np.empty(BLOCK, np.uint32)
-    for low in range(start, stop, BLOCK):
-        m = min(BLOCK, stop - low)
-        _magnitudes(address, raw, source, low, m, words)
-        for i in range(m):
-            number = words[i] >> LOW_BITS
-            if places[number] >= 0:
-                counts[places[number] + ((words[i] & np.uint32(0xFFFF)) >> shifts[number])] += 1
-    return counts
-
-
-@njit(nogil=True, cache=True)
-def members(address, raw, source, number, start, stop):
-    """Of the entries in one class their bits below it, in order, as uint16."""
-    words, found = np.empty(BLOCK, np.uint32), np.empty(stop - start + 1, np.uint16)
-    count = 0
-    for low in range(start, stop, BLOCK):
-        m = min(BLOCK, stop - low)
-        _magnitudes(address, raw, source, low, m, words)
-        for i in range(m):  # a write for nothing is cheaper than a branch
-            found[count] = np.uint16(words[i] & np.uint32(0xFFFF))
-            count += np.int64(words[i] >> LOW_BITS == number)
-    return found[:count].copy()
-
-
-@njit(nogil=True, cache=True)
-def nth(address, raw, source, wanted, count, start, stop):
-    """Position of the `count`-th entry, from 1, in [start, stop) whose magnitude has the bits `wanted`."""
-    words = np.empty(BLOCK, np.uint32)
-    for low in range(start, stop, BLOCK):
-        m = min(BLOCK, stop - low)
-        _magnitudes(address, raw, source, low, m, words)
-        some = np.uint32(0)
-        for i in range(m):
-            some += np.uint32(words[i] == wanted)
-        if count > some:
-            count -= some
-            continue
-        for i in range(m):
-            count -= words[i] == wanted
-            if count == 0:
-                return low + i
-    return -1
-
-
-@njit(nogil=True, cache=True)
-def word_sum(words):
-    """The sum of int16 or int32 words."""
-    total = np.int64(0)
-    for word in words:
-        total += np.int64(word)
-    return total
-
-
-@njit(nogil=True, cache=True)
-def placed_sum(words, stride, period):
-    """The sum of every `stride`-th word times its place, which counts from 1 to `period` again and again."""
-    total = np.int64(0)
-    place = np.int64(1)
-    for i in range(0, words.size, stride):
-        total += np.int64(words[i]) * place
-        place = place + 1 if place < period else 1
-    return total

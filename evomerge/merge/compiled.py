@@ -27,6 +27,7 @@ NO_BASE = np.zeros(0, np.uint16)  # in place of the base, where task vectors are
 def available() -> bool:
     """Whether numba is installed and works with this Python and numpy."""
     try:
+        import evomerge.merge._counts
         import evomerge.merge._loops  # noqa: F401
     except ImportError:
         return False
@@ -65,7 +66,9 @@ def words(tensor: torch.Tensor) -> Array:
 
 def ranges(n: int, count: int) -> list[tuple[int, int]]:
     """[0, n) in about `count` ranges of whole blocks; in one where sharing it out does not pay."""
-    step = -(-n // count // BLOCK) * BLOCK if n >= SHARED else n
+    if n < SHARED:
+        return [(0, n)]
+    step = -(-n // count // BLOCK) * BLOCK
     return [(low, min(low + step, n)) for low in range(0, n, step)]
 
 

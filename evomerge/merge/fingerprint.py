@@ -30,7 +30,7 @@ def checksum(tensor: torch.Tensor) -> int:
     stride = max(1, -(-flat.numel() // SAMPLES))
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
     if flat.device.type == "cpu" and flat.is_contiguous() and compiled.available():
-        from evomerge.merge._loops import placed_sum
+        from evomerge.merge._counts import placed_sum
 
         return int(placed_sum(flat.view(kind).numpy(), stride, _PRIME))
     bits = flat[::stride].contiguous().view(kind).to(torch.int64)
@@ -56,7 +56,7 @@ def bit_sum(tensor: torch.Tensor) -> int:
     flat = tensor.detach().reshape(-1)
     shift = 16 if flat.dtype == torch.bfloat16 else 0  # a bfloat16 is the upper half of a float32
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.bfloat16) and compiled.available():
-        from evomerge.merge._loops import word_sum
+        from evomerge.merge._counts import word_sum
 
         words = flat.contiguous().view(torch.int16 if shift else torch.int32).numpy()
         sums = compiled.shared_out(lambda low, high: int(word_sum(words[low:high])), len(words))

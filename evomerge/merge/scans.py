@@ -77,7 +77,7 @@ def classes(delta: TaskVector) -> tuple[Array, Array, int]:
         `(2**CLASS_BITS,)` int64 twice, and the number of zeros.
     """
     if readable(delta):
-        from evomerge.merge._loops import classes as loop
+        from evomerge.merge._counts import classes as loop
 
         counts, bits, zeros = zip(*_shared(loop, delta), strict=True)
         used = np.bitwise_or.reduce(bits).astype(np.int64)
@@ -117,7 +117,7 @@ def distinct(delta: TaskVector, widths: Array) -> Array:
     places, size = np.where(widths > 0, ends - widths, -1), int(ends[-1])
     shifts = (low_bits - np.log2(np.maximum(widths, 1))).astype(np.uint32)
     if readable(delta):
-        from evomerge.merge._loops import distinct as loop
+        from evomerge.merge._counts import distinct as loop
 
         return np.stack(_shared(loop, delta, places, shifts, size, count=PARTS))
     total = torch.zeros(size + 1, dtype=torch.int64, device=delta.device)  # the last one: not wanted
@@ -139,7 +139,7 @@ def within(delta: TaskVector, number: int, k: int) -> tuple[int, Array, int]:
         Its word, how often that occurs in each of `parts_of`, and which of these it is.
     """
     if readable(delta):
-        from evomerge.merge._loops import members
+        from evomerge.merge._counts import members
 
         found = _shared(members, delta, np.uint32(number), count=PARTS)
     else:
@@ -170,7 +170,7 @@ def select(delta: TaskVector, number: int, size: int, k: int) -> tuple[torch.Ten
 def place(delta: TaskVector, word: int, count: int, part: tuple[int, int]) -> int:
     """Flat index of the `count`-th entry, from 1, that has this word, in one of `parts_of` or the whole."""
     if readable(delta):
-        from evomerge.merge._loops import nth
+        from evomerge.merge._counts import nth
 
         ((address,), (raw,)) = located([delta])
         return int(nth(address, raw, base_of(delta), np.uint32(word), count, *part))

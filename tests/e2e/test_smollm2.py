@@ -81,7 +81,7 @@ def test_the_exported_model_is_what_the_engine_held(
 
 def test_a_short_run_ends_with_a_proven_and_exported_winner(tmp_path: Path):
     data = yaml.safe_load((ROOT / "runs" / "demo.yaml").read_text(encoding="utf-8"))
-    data["items"] = {"calibration": 4, "selection": 4, "held_out": 4}
+    data["items"] = {"calibration": 3, "selection": 2, "held_out": 2}
     data["budget"] = {"trials": 16}
     data["fixed"] = {"scales": [0.5], "subset_scales": [0.7], "screen_items": 2, "promote": 1}
     data["search"] = {"population_size": 4}
@@ -100,7 +100,7 @@ def test_a_short_run_ends_with_a_proven_and_exported_winner(tmp_path: Path):
         tmp_path / "short" / "best" / "recipe.yaml",
         data["fitness"],
         split="held_out",
-        limit=4,
+        limit=2,
         engine="transformers",
     )
     assert {task: s.mean for task, s in scores.items()} == {

@@ -74,6 +74,12 @@ def test_the_checksum_weighs_every_word_that_it_reads_by_its_place(n: int):
 
 
 @pytest.mark.usefixtures("_both_ways")
+def test_no_rows_of_a_tensor_sum_to_nothing():
+    """What a worker does not hold of a shared weight."""
+    assert bit_sum(torch.ones(3, 4)[:0]) == 0
+
+
+@pytest.mark.usefixtures("_both_ways")
 def test_the_checksum_reads_a_tensor_in_its_logical_order():
     tensor = torch.randn(40, 30, generator=torch.Generator().manual_seed(5))
     assert checksum(tensor.T) == checksum(tensor.T.contiguous()) != checksum(tensor)
