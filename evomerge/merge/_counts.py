@@ -2,7 +2,7 @@
 
 Task vectors come as in `_loops`.
 
-Imports: numba, numpy, `evomerge.merge.compiled`.
+Imports: numba, numpy, `evomerge.merge._bits`, `evomerge.merge.compiled`.
 """
 
 import numpy as np

@@ -2,11 +2,11 @@
 
 A task vector comes as an address, because a compiled function takes any number of arrays only through their
 addresses: that of its float32 entries, or, where it is `raw`, that of a source's bfloat16 entries, from which
-the base's are subtracted on the way. The base and the result are float32, or bfloat16 as uint16. Every loop
-over a block is one operation on arrays in the first-level cache, which the compiler turns into vector
+the base's are subtracted on the way. The base and the result are float32, or bfloat16 as uint16. Blocks of
+entries stay in the first-level cache; every inner loop is one that the compiler turns into vector
 instructions.
 
-Imports: numba, numpy, `evomerge.merge.compiled`.
+Imports: numba, numpy, `evomerge.merge._bits`, `evomerge.merge.compiled`.
 """
 
 import numpy as np

@@ -26,6 +26,7 @@ from evomerge.sources.streamed import RawDelta
 
 DTYPES = (torch.float32, torch.bfloat16)  # of the base
 ONE_LOOP = 8  # sources that one loop reads; of many more the compiler makes no vector instructions
+MOST_ELECTED = 20  # terms among which the loops elect signs: each number of them is compiled by itself
 
 
 def fits(kernel: Kernel, base: torch.Tensor) -> bool:
@@ -36,6 +37,8 @@ def fits(kernel: Kernel, base: torch.Tensor) -> bool:
         deltas = [delta for delta in kernel.deltas if delta is not None]
     elif isinstance(kernel, GtaKernel):
         if not all(known(term.kept) for term in kernel.terms):
+            return False
+        if kernel.elected and len(kernel.terms) > MOST_ELECTED:
             return False
         deltas = [term.delta for term in kernel.terms]
     else:
@@ -55,7 +58,12 @@ def begin(kernel: Kernel, base: torch.Tensor, merged: torch.Tensor) -> Callable[
     """
     with np.errstate(over="ignore"):  # a factor beyond float32 is infinite, and so are its results
         part = (_linear if isinstance(kernel, LinearKernel) else _gta)(kernel, words(base), words(merged))
-    ended = begun(part, base.numel())
+
+    def work(low: int, high: int, kernel: Kernel = kernel) -> bool:
+        """`part`, which may know task vectors by their addresses alone: the kernel keeps them alive."""
+        return part(low, high)
+
+    ended = begun(work, base.numel())
     return lambda: all(ended())
 
 

@@ -72,7 +72,8 @@ class Band:
             out.sub_(above)  # d - d and d - 0 are exact
 
 
-WORTH = 8  # entries of a class for which the count of one magnitude is remembered
+WORTH = 8  # entries of a class for which the count of one magnitude in each part is remembered
+WIDE = 1 << 12  # magnitudes of a class from which it has to be `scans.PARTS` times as many
 _NONE = np.zeros((1, 0), np.uint32)
 NOTHING = Cut(math.inf, -1, math.inf)  # keeps no entry
 
@@ -107,7 +108,8 @@ class MagnitudeIndex:
         self._lowest, self._highest = int(used[0]), int(used[-1])
         # entries in each used class and in all above it, from the highest class to the lowest
         self._reach = counts[self._lowest : self._highest + 1][::-1].cumsum()
-        widths = np.where(widths <= np.maximum(counts // WORTH, 1), widths, 0) * (counts > 0)
+        worth = np.where(widths > WIDE, WORTH * scans.PARTS, WORTH)
+        widths = np.where(widths <= np.maximum(counts // worth, 1), widths, 0) * (counts > 0)
         # the counts of distinct magnitudes in each part, and where those of a used class end
         self._counts = scans.distinct(delta, widths).astype(np.uint32) if widths.any() else _NONE
         self._ends = widths[self._lowest : self._highest + 1].cumsum().astype(np.int32)

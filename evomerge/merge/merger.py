@@ -164,17 +164,16 @@ class Merger:
 
         The compiled loops run in threads of their own, which need not wait for what happens between tensors.
         """
-        begun: deque[tuple[TensorOp, Merging]] = deque()
+        begun: deque[tuple[str, Merging]] = deque()
         size, most = 0, AHEAD_BYTES if self._cache.limit else 0  # without a cache, sources take memory too
         for op in ops:
-            begun.append((op, self._begin(op)))
-            size += begun[-1][1].size
-            while size > most:
-                first, merging = begun.popleft()
-                size -= merging.size
-                yield first.tensor, merging.end()
-        for op, merging in begun:
-            yield op.tensor, merging.end()
+            begun.append((op.tensor, self._begin(op)))
+            size += begun[-1][1].tensor.nbytes
+            while begun and (size > most or not most):
+                size -= begun[0][1].tensor.nbytes
+                yield begun[0][0], begun.popleft()[1].end()
+        while begun:
+            yield begun[0][0], begun.popleft()[1].end()
 
     def _check_statistics(self, op: TensorOp) -> None:
         kind = METHODS[op.setting.method].spec.needs
@@ -290,16 +289,11 @@ def _not_finite(op: TensorOp, dtype: torch.dtype) -> RecipeError:
 
 
 class Merging(NamedTuple):
-    """A tensor that may still be written."""
+    """A merged tensor, perhaps still being written: then with its operation and what waits for its end."""
 
     tensor: torch.Tensor
-    op: TensorOp | None = None  # of a tensor that is
-    ended: Callable[[], bool] | None = None  # waits; whether all values are finite
-
-    @property
-    def size(self) -> int:
-        """Bytes of a tensor that takes memory of its own and may not be ready."""
-        return self.tensor.nbytes if self.op is not None else 0
+    op: TensorOp | None = None
+    ended: Callable[[], bool] | None = None  # whether all values are finite
 
     def end(self) -> torch.Tensor:
         """The merged tensor; `RecipeError` where it is not finite."""

@@ -98,7 +98,7 @@ def classes(delta: TaskVector) -> tuple[Array, Array, int]:
 
 
 def parts_of(delta: TaskVector) -> list[tuple[int, int]]:
-    """The ranges of entries in which `distinct` counts apart."""
+    """The ranges of entries in which `distinct` and `within` count apart."""
     return ranges(delta.numel(), PARTS) if readable(delta) else [(0, delta.numel())]
 
 
@@ -168,7 +168,7 @@ def select(delta: TaskVector, number: int, size: int, k: int) -> tuple[torch.Ten
 
 
 def place(delta: TaskVector, word: int, count: int, part: tuple[int, int]) -> int:
-    """Flat index of the `count`-th entry, from 1, that has this word, in one of `parts_of` or the whole."""
+    """Flat index of the `count`-th entry, from 1, that has this word, in one of `parts_of`."""
     if readable(delta):
         from evomerge.merge._counts import nth
 

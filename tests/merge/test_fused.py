@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -179,6 +182,29 @@ def some_terms() -> dict[str, Term]:
         "raw": Term(raw, None, 1.0, 1.0),
         "short": Term(delta[:5], None, 1.0, 1.0),
     }
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_what_a_thread_still_reads_is_not_freed_with_the_kernel(method, raw, monkeypatch):
+    setting = Setting(method, {}, {"a": {"weight": 0.5}, "b": {"weight": 0.7}})
+    inputs = inputs_of(SPECS[method].complete(setting, method), torch.bfloat16, 4)
+    inputs = as_raw(inputs) if raw else inputs
+    wanted, merged = by_torch(inputs), torch.empty_like(inputs.base)
+    waiting: list[Callable[[], object]] = []
+
+    def begun(part: Callable[[int, int], bool], n: int) -> Callable[[], list[bool]]:
+        waiting.append(lambda: part(0, n))
+        return lambda: []
+
+    monkeypatch.setattr(fused, "begun", begun)
+    held = weakref.ref(inputs.deltas[1])
+    fused.begin(METHODS[method].kernel(inputs), inputs.base, merged)
+    del inputs
+    gc.collect()
+    assert held() is not None
+    waiting[0]()
+    assert same_bits(merged, wanted)
 
 
 def test_norms_of_several_terms_are_those_of_each():

@@ -248,6 +248,14 @@ def test_a_second_candidate_reads_no_task_vector_again():
     assert set(sources.reads.values()) == {1}
 
 
+@pytest.mark.parametrize("name", ["slerp", "ties"])
+def test_without_a_cache_a_tensor_is_given_before_the_next_is_read(name):
+    sources = MemorySources()
+    tensors = Merger(sources).materialize(plan_of(SETTINGS[name], sources))
+    first, _ = next(tensors)
+    assert {tensor for _, tensor in sources.reads} == {first}
+
+
 def test_a_merger_that_forgets_holds_no_memory_and_merges_as_before():
     sources = MemorySources()
     merger = Merger(sources, cache_bytes=1 << 30)
