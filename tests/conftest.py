@@ -13,9 +13,9 @@ Command = Callable[..., tuple[int, str, str]]
 HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are shared out over processes, a file stays whole, parity's share a run of mergekit."""
-    for item in items:
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Where tests are shared out over processes, a file stays whole, and parity's share a run of mergekit."""
+    if item.path.is_relative_to(HERE):
         path = item.path.relative_to(HERE)
         item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] == "parity" else str(path)))
 
