@@ -42,7 +42,7 @@ demo: $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm,$(VENV)/.demo)
 
 test: lint
 	$(BIN)/python examples/smollm2/base.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Many more random recipes than `make test` draws, of every method, through mergekit and through us.
 parity: $(VENV)/.dev

@@ -10,14 +10,6 @@ import pytest
 from tests.world import World, make_sources, make_world, run_cli
 
 Command = Callable[..., tuple[int, str, str]]
-HERE = Path(__file__).parent
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Where tests are shared out over processes, a file stays whole, and parity's share a run of mergekit."""
-    if item.path.is_relative_to(HERE):
-        path = item.path.relative_to(HERE)
-        item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] == "parity" else str(path)))
 
 
 @pytest.fixture(scope="session")
