@@ -31,7 +31,10 @@ def parts() -> Parts:
 def engines(parts: Parts) -> Iterator[list[Engine]]:
     both = [
         open_engine(parts.sources, parts.layout, kind=kind, dtype="float32", cache_gb=1.5, options=options)
-        for kind, options in (("vllm", {"max_model_len": 512}), ("transformers", None))
+        for kind, options in (
+            ("vllm", {"max_model_len": 512, "kv_cache_memory_bytes": 1 << 29}),
+            ("transformers", None),
+        )
     ]
     models = {model: {"weight": 0.6, "density": 0.5} for model in parts.sources.models}
     recipe = parts.family.recipe(dict.fromkeys(parts.layout.by_cell, Setting("ties", {}, models)))
