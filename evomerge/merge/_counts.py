@@ -9,7 +9,7 @@ import numpy as np
 from numba import carray, njit
 from numba.extending import register_jitable
 
-from evomerge.merge._bits import SIGNLESS, as_float, as_word, halves_at, words_at
+from evomerge.merge._bits import SIGNLESS, as_word, halves_at, widened, words_at
 from evomerge.merge.compiled import BLOCK
 
 LOW_BITS = np.uint32(16)  # of a magnitude's word, below those that name its class
@@ -22,9 +22,7 @@ def _magnitudes(address, raw, source, low, m, words):
         half = carray(halves_at(address + np.uint64(2 * low)), m)
         part = source[low : low + m]
         for i in range(m):
-            entry = as_float(np.uint32(half[i]) << np.uint32(16))
-            base = as_float(np.uint32(part[i]) << np.uint32(16))
-            words[i] = as_word(entry - base) & SIGNLESS
+            words[i] = as_word(widened(half[i]) - widened(part[i])) & SIGNLESS
     else:
         delta = carray(words_at(address + np.uint64(4 * low)), m)
         for i in range(m):
@@ -61,14 +59,14 @@ def distinct(address, raw, source, places, shifts, size, start, stop):
 
     The counts of a class stand together; `shifts` is the number of low bits that are 0 throughout it.
     """
-    counts, words = np.zeros(size, np.int64), np.empty(BLOCK, np.uint32)
+    counts, words = np.zeros(size, np.uint32), np.empty(BLOCK, np.uint32)
     for low in range(start, stop, BLOCK):
         m = min(BLOCK, stop - low)
         _magnitudes(address, raw, source, low, m, words)
         for i in range(m):
             number = words[i] >> LOW_BITS
             if places[number] >= 0:
-                counts[places[number] + ((words[i] & np.uint32(0xFFFF)) >> shifts[number])] += 1
+                counts[places[number] + ((words[i] & np.uint32(0xFFFF)) >> shifts[number])] += np.uint32(1)
     return counts
 
 

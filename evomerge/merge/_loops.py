@@ -15,13 +15,13 @@ from numba.extending import overload, register_jitable
 
 from evomerge.merge._bits import (
     SIGNLESS,
-    as_float,
     as_word,
     floats_at,
     halves_at,
     ints_at,
     multiply_add,
     shorts_at,
+    widened,
     words_at,
 )
 from evomerge.merge.compiled import BLOCK  # ten float32 buffers of this size stay in 80 KiB
@@ -38,7 +38,7 @@ def _widen_for(source, low, m, out):
     def from_bfloat16(source, low, m, out):
         part = source[low : low + m]
         for i in range(m):
-            out[i] = as_float(np.uint32(part[i]) << np.uint32(16))
+            out[i] = widened(part[i])
 
     def from_float32(source, low, m, out):
         part = source[low : low + m]
@@ -78,12 +78,18 @@ def _least_infinite_for(target):
 
 
 @register_jitable
+def _entry(halves, i, base):
+    """Entry of a task vector whose source is bfloat16."""
+    return widened(halves[i]) - base
+
+
+@register_jitable
 def _above(address, raw, base, limit, factor, x):
     """factor * d for the entries d from an address on, 0 for |d| <= limit; NaN stays."""
     if raw:
         source = carray(halves_at(address), len(x))
         for i in range(len(x)):
-            d = as_float(np.uint32(source[i]) << np.uint32(16)) - base[i]
+            d = _entry(source, i, base[i])
             x[i] = (np.float32(0) if abs(d) <= limit else d) * factor
     else:
         delta = carray(floats_at(address), len(x))
@@ -165,12 +171,6 @@ def _term(k, terms, base, low, m, x):
             x[i] *= factor
 
 
-@register_jitable
-def _entry(halves, i, base):
-    """Entry of a task vector whose source is bfloat16."""
-    return as_float(np.uint32(halves[i]) << np.uint32(16)) - base
-
-
 def _summed(sources, factors, i, base):
     """sum_k factor_k delta_k of one entry, from the first to the last of a tuple of bfloat16 sources."""
 
@@ -201,7 +201,7 @@ def add_raw(source, target, sources, factors, divisor, scale, start, stop):
     largest = np.uint32(0)
     before, after, read = source[start:stop], target[start:stop], _parts(sources, start, stop)
     for i in range(len(before)):
-        base = as_float(np.uint32(before[i]) << np.uint32(16))
+        base = widened(before[i])
         mix = _summed(read, factors, i, base) / divisor
         largest = max(largest, _put(after, i, mix * scale + base))
     return largest < _least_infinite(target)
@@ -276,7 +276,7 @@ def _rows_for(buffers, weights):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # no test for zero, which would keep it from vectors
-def elect(source, target, terms, weights, normalized, least, scale, start, stop):
+def elect(source, target, terms, weights, normalized, scale, start, stop):
     """As `add`, over the entries whose sign is that of the sum, divided by the weights that agree."""
     xs, base = np.empty((len(weights), BLOCK), np.float32), np.empty(BLOCK, np.float32)
     rows, one = _rows(xs, weights), np.float32(1)
@@ -287,23 +287,11 @@ def elect(source, target, terms, weights, normalized, least, scale, start, stop)
         for k in range(len(xs)):
             _term(k, terms, base, low, m, xs[k])
         part = target[low : low + m]
-        if not normalized:
-            for i in range(m):
-                sign = np.copysign(one, _total(rows, i))
-                mix = _agreeing(rows, weights, i, sign)[0] * sign
-                largest = max(largest, _put(part, i, mix * scale + base[i]))
-        elif least > np.float32(0):  # a divisor is 0 or at least this
-            for i in range(m):
-                sign = np.copysign(one, _total(rows, i))
-                mix, by = _agreeing(rows, weights, i, sign)
-                mix = mix * sign / (least if by < least else by)
-                largest = max(largest, _put(part, i, mix * scale + base[i]))
-        else:
-            for i in range(m):
-                sign = np.copysign(one, _total(rows, i))
-                mix, by = _agreeing(rows, weights, i, sign)
-                mix = mix * sign / (one if by == np.float32(0) else by)
-                largest = max(largest, _put(part, i, mix * scale + base[i]))
+        for i in range(m):
+            sign = np.copysign(one, _total(rows, i))
+            mix, divisor = _agreeing(rows, weights, i, sign)
+            by = divisor if normalized and divisor != np.float32(0) else one
+            largest = max(largest, _put(part, i, mix * sign / by * scale + base[i]))
     return largest < _least_infinite(target)
 
 
@@ -326,7 +314,7 @@ def average_raw(source, target, sources, factors, divisor, start, stop):
     largest = np.uint32(0)
     before, after, read = source[start:stop], target[start:stop], _parts(sources, start, stop)
     for i in range(len(before)):
-        base = as_float(np.uint32(before[i]) << np.uint32(16))
+        base = widened(before[i])
         largest = max(largest, _put(after, i, _averaged(read, factors, i, base) / divisor))
     return largest < _least_infinite(target)
 

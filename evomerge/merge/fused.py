@@ -30,7 +30,7 @@ MOST_ELECTED = 20  # terms among which the loops elect signs: each number of the
 
 
 def fits(kernel: Kernel, base: torch.Tensor) -> bool:
-    """Whether `merge` can do what `kernel` does to this base tensor."""
+    """Whether `begin` can do what `kernel` does to this base tensor."""
     if base.device.type != "cpu" or base.dtype not in DTYPES:
         return False
     if isinstance(kernel, LinearKernel):
@@ -90,7 +90,7 @@ def _gta(kernel: Any, source: Array, target: Array) -> Callable[[int, int], bool
     packed = Packed(terms)
     if kernel.elected:
         weights = tuple(np.float32(term.weight) for term in terms)
-        rest = (weights, kernel.normalized, min(weights), scale)
+        rest = (weights, kernel.normalized, scale)
         return lambda low, high: bool(_loops.elect(source, target, packed.arrays, *rest, low, high))
     return lambda low, high: bool(_loops.add(source, target, packed.arrays, divisor, scale, low, high))
 

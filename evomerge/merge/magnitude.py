@@ -111,7 +111,7 @@ class MagnitudeIndex:
         worth = np.where(widths > WIDE, WORTH * scans.PARTS, WORTH)
         widths = np.where(widths <= np.maximum(counts // worth, 1), widths, 0) * (counts > 0)
         # the counts of distinct magnitudes in each part, and where those of a used class end
-        self._counts = scans.distinct(delta, widths).astype(np.uint32) if widths.any() else _NONE
+        self._counts = scans.distinct(delta, widths) if widths.any() else _NONE
         self._ends = widths[self._lowest : self._highest + 1].cumsum().astype(np.int32)
 
     @property

@@ -55,7 +55,7 @@ def _compiled(terms: Sequence[Term]) -> list[list[float]]:
     from evomerge.merge import _loops
 
     n, packed = terms[0].delta.numel(), Packed(terms)
-    base = next((base_of(term.delta) for term in terms if len(base_of(term.delta))), NO_BASE)
+    base = next(filter(len, (base_of(term.delta) for term in terms)), NO_BASE)
     sums = np.empty((len(terms), -(-n // BLOCK)), np.float64)
     shared_out(lambda low, high: _loops.sizes(base, packed.arrays, sums, low, high), n)
     found: list[list[float]] = sums.tolist()

@@ -110,7 +110,7 @@ def distinct(delta: TaskVector, widths: Array) -> Array:
         widths: as from `classes`, or 0 for a class that is not wanted.
 
     Returns:
-        `(parts, sum of the widths)`, for each of `parts_of`.
+        `(parts, sum of the widths)` uint32, for each of `parts_of`.
     """
     low_bits = _FORMATS[delta.dtype].low_bits
     ends = widths.cumsum()
@@ -129,7 +129,7 @@ def distinct(delta: TaskVector, widths: Array) -> Array:
         inside = (block & (1 << low_bits) - 1) >> shift[number]
         place = torch.where(place < 0, size, place + inside)
         total.scatter_add_(0, place, one.expand_as(place))
-    return total[None, :-1].cpu().numpy()
+    return total[None, :-1].cpu().numpy().astype(np.uint32)
 
 
 def within(delta: TaskVector, number: int, k: int) -> tuple[int, Array, int]:
