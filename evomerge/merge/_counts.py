@@ -2,7 +2,7 @@
 
 Task vectors come as in `_loops`.
 
-Imports: numba, numpy, `evomerge.merge._bits`, `evomerge.merge.compiled`.
+Imports: numba, numpy, `evomerge.merge._bits`, `evomerge.merge.workers`.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from numba import carray, njit
 from numba.extending import register_jitable
 
 from evomerge.merge._bits import SIGNLESS, as_word, halves_at, widened, words_at
-from evomerge.merge.compiled import BLOCK
+from evomerge.merge.workers import BLOCK
 
 LOW_BITS = np.uint32(16)  # of a magnitude's word, below those that name its class
 
@@ -102,6 +102,43 @@ def nth(address, raw, source, wanted, count, start, stop):
             if count == 0:
                 return low + i
     return -1
+
+
+@njit(nogil=True, cache=True)
+def cut(address, raw, source, index, parts, k, early):
+    """`MagnitudeIndex.largest` where the class of the k-th largest magnitude was counted.
+
+    `index`: the index's highest class, its entries by class and where the counts of a class end, from the
+    highest class and from the lowest one; and the counts. `parts`: where these begin, and the end.
+
+    Returns its word and the flat index of the last entry before the choice changes; -1 twice where it was not
+    counted.
+    """
+    highest, reach, ends, counts = index
+    at = np.searchsorted(reach, k)
+    rest = k - (reach[at - 1] if at else 0)
+    place = len(ends) - 1 - at
+    begin, end = ends[place - 1] if place else 0, ends[place]
+    for number in range(end - 1, begin - 1, -1):
+        equal = np.int64(0)
+        for part in range(len(counts)):
+            equal += np.int64(counts[part, number])
+        if rest > equal:
+            rest -= equal
+            continue
+        word = ((highest - at) << 16) + (1 << 16) // (end - begin) * (number - begin)
+        before = rest if early else equal - rest
+        if before == 0:
+            return word, -1
+        if before == equal:
+            return word, parts[-1] - 1
+        for part in range(len(counts)):
+            some = np.int64(counts[part, number])
+            if before <= some:
+                low, high = parts[part], parts[part + 1]
+                return word, nth(address, raw, source, np.uint32(word), before, low, high)
+            before -= some
+    return -1, -1
 
 
 @njit(nogil=True, cache=True)

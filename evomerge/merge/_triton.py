@@ -286,9 +286,11 @@ def places(
 
 @triton.jit
 def _size(x, HALVINGS: tl.constexpr):
-    """Sum of the magnitudes of 2**HALVINGS entries in float64, added as `evomerge.merge.norms` says."""
-    x = tl.abs(x).to(tl.float64)
-    for _ in tl.static_range(HALVINGS):
+    """Sum of the magnitudes of 2**HALVINGS entries, added as `evomerge.merge.norms` says."""
+    x = tl.abs(x)
+    for halving in tl.static_range(HALVINGS):
+        if halving == 2:
+            x = x.to(tl.float64)
         x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
     return tl.sum(x, 0)
 

@@ -1,25 +1,21 @@
-"""numba, if it is there, how its loops find entries, and sharing work out over the cores.
+"""numba, if it is there, and how its loops find entries.
 
 Imports: numpy, torch, `evomerge.sources`; numba when `available` is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from evomerge.sources.streamed import RawDelta, TaskVector
 
-T = TypeVar("T")
 Array = np.ndarray[Any, Any]
 
-SHARED = 1 << 17  # entries from which work is shared out
-BLOCK = 2048  # entries that a compiled loop takes through all of its steps at once
 NO_BASE = np.zeros(0, np.uint16)  # in place of the base, where task vectors are float32
 
 
@@ -28,7 +24,8 @@ def available() -> bool:
     """Whether numba is installed and works with this Python and numpy."""
     try:
         import evomerge.merge._counts
-        import evomerge.merge._loops  # noqa: F401
+        import evomerge.merge._loops
+        import evomerge.merge._one_loop  # noqa: F401
     except ImportError:
         return False
     return True
@@ -62,45 +59,3 @@ def words(tensor: torch.Tensor) -> Array:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     result: Array = tensor.numpy()
     return result
-
-
-def ranges(n: int, count: int) -> list[tuple[int, int]]:
-    """[0, n) in about `count` ranges of whole blocks; in one where sharing it out does not pay."""
-    if n < SHARED:
-        return [(0, n)]
-    step = -(-n // count // BLOCK) * BLOCK
-    return [(low, min(low + step, n)) for low in range(0, n, step)]
-
-
-def shared_out(part: Callable[[int, int], T], n: int, count: int | None = None) -> list[T]:
-    """`part(low, high)` over [0, n) in order, in `count` ranges, by as many threads as torch has.
-
-    While what was `begun` keeps these busy, this thread does it alone: sharing a core costs more.
-    """
-    threads = torch.get_num_threads()
-    first, *rest = ranges(n, count or threads)
-    if len(_begun) + 1 >= threads:
-        return [part(low, high) for low, high in (first, *rest)]
-    others = [_pool(threads).submit(part, low, high) for low, high in rest]
-    return [part(*first), *(each.result() for each in others)]
-
-
-def begun(part: Callable[[int, int], T], n: int) -> Callable[[], list[T]]:
-    """As `shared_out`, without waiting where there are several threads: call it for the results."""
-    threads = torch.get_num_threads()
-    if threads == 1 or n < SHARED:
-        found = [part(0, n)]
-        return lambda: found
-    parts = [_pool(threads).submit(part, low, high) for low, high in ranges(n, threads)]
-    _begun.update(parts)
-    for each in parts:
-        each.add_done_callback(_begun.discard)
-    return lambda: [each.result() for each in parts]
-
-
-_begun: set[Future[Any]] = set()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="merge")

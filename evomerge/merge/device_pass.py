@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from evomerge.merge.compiled import BLOCK
 from evomerge.merge.device_sources import Cache, DeviceSources
 from evomerge.merge.device_tables import DTYPES, FAMILY, Formula, Job, Tables
 from evomerge.merge.plan import TensorOp
+from evomerge.merge.workers import BLOCK
 
 WINDOW = 512 << 20  # bytes of results; two windows and what of their sources is not kept are held at once
 MAPS = 4096  # maps from programs to tensors that are remembered

@@ -51,7 +51,7 @@ def bit_sum(tensor: torch.Tensor) -> int:
     """
     import torch
 
-    from evomerge.merge import compiled
+    from evomerge.merge import compiled, workers
 
     flat = tensor.detach().reshape(-1)
     shift = 16 if flat.dtype == torch.bfloat16 else 0  # a bfloat16 is the upper half of a float32
@@ -59,7 +59,7 @@ def bit_sum(tensor: torch.Tensor) -> int:
         from evomerge.merge._counts import word_sum
 
         words = flat.contiguous().view(torch.int16 if shift else torch.int32).numpy()
-        sums = compiled.shared_out(lambda low, high: int(word_sum(words[low:high])), len(words))
+        sums = workers.shared_out(lambda low, high: int(word_sum(words[low:high])), len(words))
         return wrapped(sum(sums) << shift)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     step = CHUNK if flat.device.type == "cpu" else DEVICE_CHUNK

@@ -17,20 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from evomerge.merge.compiled import Array, begun, located, readable, words
+from evomerge.merge.compiled import Array, located, readable, words
 from evomerge.merge.methods._gta import GtaKernel
 from evomerge.merge.methods._method import Kernel
 from evomerge.merge.methods.linear import LinearKernel
-from evomerge.merge.packed import Packed, known
+from evomerge.merge.packed import Packed, known, pieces_of
+from evomerge.merge.workers import shared_out
 from evomerge.sources.streamed import RawDelta
 
 DTYPES = (torch.float32, torch.bfloat16)  # of the base
 ONE_LOOP = 8  # sources that one loop reads; of many more the compiler makes no vector instructions
-MOST_ELECTED = 20  # terms among which the loops elect signs: each number of them is compiled by itself
 
 
 def fits(kernel: Kernel, base: torch.Tensor) -> bool:
-    """Whether `begin` can do what `kernel` does to this base tensor."""
+    """Whether `merge` can do what `kernel` does to this base tensor."""
     if base.device.type != "cpu" or base.dtype not in DTYPES:
         return False
     if isinstance(kernel, LinearKernel):
@@ -38,18 +38,14 @@ def fits(kernel: Kernel, base: torch.Tensor) -> bool:
     elif isinstance(kernel, GtaKernel):
         if not all(known(term.kept) for term in kernel.terms):
             return False
-        if kernel.elected and len(kernel.terms) > MOST_ELECTED:
-            return False
         deltas = [term.delta for term in kernel.terms]
     else:
         return False
     return all(map(readable, deltas))
 
 
-def begin(kernel: Kernel, base: torch.Tensor, merged: torch.Tensor) -> Callable[[], bool]:
-    """Begin to merge the flat tensor `base` into `merged`; call the result to wait for the end.
-
-    It returns whether all values are finite.
+def merge(kernel: Kernel, base: torch.Tensor, merged: torch.Tensor) -> bool:
+    """Merge the flat tensor `base` into `merged`; whether all values are finite.
 
     Args:
         kernel: one that `fits`, made for `base`, from which every `RawDelta` counts.
@@ -58,45 +54,60 @@ def begin(kernel: Kernel, base: torch.Tensor, merged: torch.Tensor) -> Callable[
     """
     with np.errstate(over="ignore"):  # a factor beyond float32 is infinite, and so are its results
         part = (_linear if isinstance(kernel, LinearKernel) else _gta)(kernel, words(base), words(merged))
-
-    def work(low: int, high: int, kernel: Kernel = kernel) -> bool:
-        """`part`, which may know task vectors by their addresses alone: the kernel keeps them alive."""
-        return part(low, high)
-
-    ended = begun(work, base.numel())
-    return lambda: all(ended())
+    return all(shared_out(part, base.numel()))
 
 
 def _linear(kernel: Any, source: Array, target: Array) -> Callable[[int, int], bool]:
-    from evomerge.merge import _loops
+    from evomerge.merge import _loops, _one_loop
 
     divisor = np.float32(kernel.divisor)
-    raw = _raw_sources(kernel.deltas, source)
-    if raw is not None:
+    few = _few(kernel.deltas, source)
+    if few is not None:
         factors = tuple(kernel.factors.numpy())
-        return lambda low, high: bool(_loops.average_raw(source, target, raw, factors, divisor, low, high))
+        return lambda low, high: bool(_one_loop.average(source, target, few, factors, divisor, low, high))
     located_at, weights = located(kernel.deltas), kernel.factors.numpy()
     return lambda low, high: bool(_loops.average(source, target, *located_at, weights, divisor, low, high))
 
 
 def _gta(kernel: Any, source: Array, target: Array) -> Callable[[int, int], bool]:
+    few = _few([term.delta for term in kernel.terms], source)
+    pieces = pieces_of([term.kept for term in kernel.terms])
+    scale, divisor = np.float32(kernel.scale), np.float32(kernel.divisor)
+    if few is None or pieces is None:
+        return _in_blocks(kernel, source, target, scale, divisor)
+    from evomerge.merge import _one_loop
+
+    factors = tuple(np.float32(term.factor) for term in kernel.terms)
+    loop: Callable[..., bool] = _one_loop.add
+    rest: tuple[Any, ...] = (factors, divisor, scale)
+    if kernel.elected:
+        weights = tuple(np.float32(term.weight) for term in kernel.terms)
+        loop, rest = _one_loop.elect, (factors, weights, kernel.normalized, scale)
+    return lambda low, high: all(
+        [loop(source, target, few, keeps, *rest, begin, end) for begin, end, keeps in pieces(low, high)]
+    )
+
+
+def _in_blocks(
+    kernel: Any, source: Array, target: Array, scale: Any, divisor: Any
+) -> Callable[[int, int], bool]:
     from evomerge.merge import _loops
 
-    terms, scale, divisor = kernel.terms, np.float32(kernel.scale), np.float32(kernel.divisor)
-    raw = _raw_sources([term.delta for term in terms], source)
-    if raw is not None and not kernel.elected and all(term.kept is None for term in terms):
-        factors = tuple(np.float32(term.factor) for term in terms)
-        return lambda low, high: bool(_loops.add_raw(source, target, raw, factors, divisor, scale, low, high))
-    packed = Packed(terms)
-    if kernel.elected:
-        weights = tuple(np.float32(term.weight) for term in terms)
-        rest = (weights, kernel.normalized, scale)
-        return lambda low, high: bool(_loops.elect(source, target, packed.arrays, *rest, low, high))
-    return lambda low, high: bool(_loops.add(source, target, packed.arrays, divisor, scale, low, high))
+    packed = Packed(kernel.terms)
+    if not kernel.elected:
+        return lambda low, high: bool(_loops.add(source, target, packed.arrays, divisor, scale, low, high))
+    weights, normalized = np.array([term.weight for term in kernel.terms], np.float32), kernel.normalized
+    return lambda low, high: bool(
+        _loops.elect(source, target, packed.arrays, weights, normalized, scale, low, high)
+    )
 
 
-def _raw_sources(deltas: Sequence[Any], base: Array) -> tuple[Array, ...] | None:
-    """The sources' entries, where all are held as such beside a base alike and fit into one loop."""
-    if base.dtype != np.uint16 or len(deltas) > ONE_LOOP or not all(isinstance(d, RawDelta) for d in deltas):
+def _few(deltas: Sequence[Any], base: Array) -> tuple[Array, ...] | None:
+    """What one loop reads of the task vectors, where they are few and held alike."""
+    if len(deltas) > ONE_LOOP:
         return None
-    return tuple(words(delta.source) for delta in deltas)
+    if all(isinstance(delta, torch.Tensor) for delta in deltas):
+        return tuple(words(delta) for delta in deltas)
+    if base.dtype == np.uint16 and all(isinstance(delta, RawDelta) for delta in deltas):
+        return tuple(words(delta.source) for delta in deltas)
+    return None

@@ -127,16 +127,22 @@ class MagnitudeIndex:
         """
         if k > self.n - self._zeros:
             return Cut(0.0, self.n - 1 if early else -1, 0.0, early)
+        index = (self._highest, self._reach, self._ends, self._counts)
+        word, last = scans.cut(delta, index, k, early) or self._seek(delta, k, early)
+        return Cut(scans.magnitude(delta, word), last, scans.magnitude(delta, word - 1), early)
+
+    def _seek(self, delta: TaskVector, k: int, early: bool) -> tuple[int, int]:
+        """What `scans.cut` finds, with a look at the entries of a class that was not counted."""
         number, _, rest = self._class_of(k)
         word, counts, wanted = self._known(delta, number, rest) or scans.within(delta, number, rest)
         equal = int(counts.sum())
         before = wanted if early else equal - wanted
-        last = -1 if before == 0 else self.n - 1
-        if 0 < before < equal:
-            reach = counts.cumsum()
-            at = int(np.searchsorted(reach, before))
-            last = scans.place(delta, word, before - int(reach[at] - counts[at]), scans.parts_of(delta)[at])
-        return Cut(scans.magnitude(delta, word), last, scans.magnitude(delta, word - 1), early)
+        if before in (0, equal):
+            return word, self.n - 1 if before else -1
+        reach = counts.cumsum()
+        at = int(np.searchsorted(reach, before))
+        part = scans.parts_of(delta)[at]
+        return word, scans.place(delta, word, before - int(reach[at] - counts[at]), part)
 
     def choice(self, delta: TaskVector, k: int, *, early: bool = True) -> Choice:
         """What `largest` chooses, without waiting for the task vector's device."""

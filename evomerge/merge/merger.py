@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from threading import Lock
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from evomerge.errors import RecipeError
+from evomerge.merge import workers
 from evomerge.merge.compiled import available
 from evomerge.merge.device_pass import DevicePass, usable
 from evomerge.merge.device_sources import DeviceSources
-from evomerge.merge.fused import DTYPES, begin, fits
+from evomerge.merge.fused import DTYPES, fits, merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods._method import CHUNK, Method, TensorInputs
 from evomerge.merge.plan import MergePlan, TensorOp
@@ -96,7 +99,7 @@ class Merger:
             there = DeviceSources(sources, self._device, self._cache, self._host_cache)
             self._on_device = DevicePass(there, self._device, self._cache, self._merge, _not_finite)
         on_cpu = self._device.type == "cpu"
-        threads = torch.get_num_threads()
+        threads = workers.count()
         # torch shares a chunk of more than CHUNK out over its threads; two apiece pay for waking them
         self._compiled = on_cpu and available()
         self._chunk = (CHUNK * 2 * threads if threads > 1 else CHUNK) if on_cpu else DEVICE_CHUNK
@@ -157,23 +160,29 @@ class Merger:
         if self._on_device is not None:
             yield from self._on_device.run(wanted)
             return
-        yield from self._ahead(wanted)
+        yield from self._in_order(wanted)
 
-    def _ahead(self, ops: Iterable[TensorOp]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Merge tensors in order; a few small ones are begun before they are asked for.
-
-        The compiled loops run in threads of their own, which need not wait for what happens between tensors.
-        """
-        begun: deque[tuple[str, Merging]] = deque()
-        size, most = 0, AHEAD_BYTES if self._cache.limit else 0  # without a cache, sources take memory too
-        for op in ops:
-            begun.append((op.tensor, self._begin(op)))
-            size += begun[-1][1].tensor.nbytes
-            while begun and (size > most or not most):
-                size -= begun[0][1].tensor.nbytes
-                yield begun[0][0], begun.popleft()[1].end()
-        while begun:
-            yield begun[0][0], begun.popleft()[1].end()
+    def _in_order(self, ops: Iterable[TensorOp]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Merge tensors; small ones by compiled loops side by side, a few before they are asked for."""
+        begun: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
+        ahead, most = 0, AHEAD_BYTES
+        if not self._cache.limit or self._device.type != "cpu" or workers.count() == 1:
+            most = 0  # without a cache, the sources of every tensor that is begun take memory
+        try:
+            for op in ops:
+                base = self._base(op.tensor)
+                begun.append((op.tensor, base.nbytes, self._begin(op, base, most // workers.count())))
+                ahead += base.nbytes
+                while begun and (ahead > most or not most):
+                    name, size, merging = begun.popleft()
+                    ahead -= size
+                    yield name, merging.result()
+            for name, _, merging in begun:
+                yield name, merging.result()
+        finally:
+            for _, _, merging in begun:
+                merging.cancel()
+            wait([merging for _, _, merging in begun])
 
     def _check_statistics(self, op: TensorOp) -> None:
         kind = METHODS[op.setting.method].spec.needs
@@ -183,12 +192,12 @@ class Merger:
                 raise RecipeError(f"{op.cell}: {lacking(op.setting.method, str(kind), model)}")
 
     def _merge(self, op: TensorOp) -> torch.Tensor:
-        return self._begin(op).end()
+        return self._begin(op, self._base(op.tensor), 0).result()
 
-    def _begin(self, op: TensorOp) -> Merging:
-        base = self._base(op.tensor)
+    def _begin(self, op: TensorOp, base: torch.Tensor, small: int) -> Future[torch.Tensor]:
+        """Read the task vectors of a tensor and merge it: a worker does, if it has so few bytes."""
         if not base.is_floating_point() or not op.setting.models or not base.numel():
-            return Merging(base)
+            return _ended(base)
         method = METHODS[op.setting.method]
         read = self._reader(method, base, len(op.setting.models))
         deltas = [
@@ -199,7 +208,9 @@ class Merger:
             (m, op.tensor) for m, delta in zip(op.setting.models, deltas, strict=True) if delta is None
         )
         if all(delta is None for delta in deltas) and method.keeps_base(op.setting):
-            return Merging(base)
+            return _ended(base)
+        # torch's many short calls would have the workers wait for each other
+        in_worker = base.nbytes <= small and method.compiled and self._compiled
         inputs = TensorInputs(
             base=base.reshape(-1),
             deltas=deltas,
@@ -209,25 +220,13 @@ class Merger:
             seeds=op.seeds,
             where=f"{op.cell}, tensor `{op.tensor}`",
             name=op.tensor,
-            chunk=self._chunk,
+            chunk=CHUNK if in_worker else self._chunk,
             once=_Once(self._cache, op.tensor),
             statistics=_Statistics(self, op),
         )
-        kernel = method.kernel(inputs)
-        merged = torch.empty_like(inputs.base)
-        if fits(kernel, inputs.base):
-            return Merging(merged.reshape(base.shape), op, begin(kernel, inputs.base, merged))
-        work = inputs.scratch(1)[0]
-        check = torch.zeros((), device=self._device)
-        for low in range(0, merged.numel(), self._chunk):
-            high = min(low + self._chunk, merged.numel())
-            part = work[: high - low].copy_(inputs.base[low:high])
-            kernel(low, high, part)
-            check += merged[low:high].copy_(part).sum()
-        # one test per tensor; a finite tensor whose sum overflows is looked at again
-        if not check.isfinite() and not merged.isfinite().all():
-            raise _not_finite(op, base.dtype)
-        return Merging(merged.reshape(base.shape))
+        if in_worker:
+            return workers.pool(workers.count()).submit(_merged, op, inputs)
+        return _ended(_merged(op, inputs))
 
     def _base(self, tensor: str) -> torch.Tensor:
         if self._on_device is not None:
@@ -281,25 +280,42 @@ class Merger:
         return self._sources.statistics[model].rms(kind)
 
 
+def _merged(op: TensorOp, inputs: TensorInputs) -> torch.Tensor:
+    """The merged tensor.
+
+    Raises:
+        RecipeError: it is not finite.
+    """
+    kernel = METHODS[op.setting.method].kernel(inputs)
+    merged = torch.empty_like(inputs.base)
+    if fits(kernel, inputs.base):
+        finite = merge(kernel, inputs.base, merged)
+    else:
+        work = inputs.scratch(1)[0]
+        check = torch.zeros((), device=merged.device)
+        for low in range(0, merged.numel(), inputs.chunk):
+            high = min(low + inputs.chunk, merged.numel())
+            part = work[: high - low].copy_(inputs.base[low:high])
+            kernel(low, high, part)
+            check += merged[low:high].copy_(part).sum()
+        # one test per tensor; a finite tensor whose sum overflows is looked at again
+        finite = bool(check.isfinite()) or bool(merged.isfinite().all())
+    if not finite:
+        raise _not_finite(op, merged.dtype)
+    return merged.reshape(inputs.shape)
+
+
+def _ended(tensor: torch.Tensor) -> Future[torch.Tensor]:
+    future: Future[torch.Tensor] = Future()
+    future.set_result(tensor)
+    return future
+
+
 def _not_finite(op: TensorOp, dtype: torch.dtype) -> RecipeError:
     return RecipeError(
         f"{op.cell}, tensor `{op.tensor}`: {op.setting.method} gives values that are not finite in {dtype}; "
         "its weights are too large for this tensor, or a source holds such values"
     )
-
-
-class Merging(NamedTuple):
-    """A merged tensor, perhaps still being written: then with its operation and what waits for its end."""
-
-    tensor: torch.Tensor
-    op: TensorOp | None = None
-    ended: Callable[[], bool] | None = None  # whether all values are finite
-
-    def end(self) -> torch.Tensor:
-        """The merged tensor; `RecipeError` where it is not finite."""
-        if self.op is not None and self.ended is not None and not self.ended():
-            raise _not_finite(self.op, self.tensor.dtype)
-        return self.tensor
 
 
 class _Entry(NamedTuple):
@@ -313,7 +329,7 @@ class _Cache:
 
     A candidate is one pass over all tensors. Were an entry of the pass before pushed out by this pass, a
     cache a little too small would never hit; so only entries that a whole pass has not used make room, and
-    what finds no room is not kept.
+    what finds no room is not kept. Threads may ask at the same time, for different keys.
     """
 
     def __init__(self, limit: int) -> None:
@@ -321,6 +337,7 @@ class _Cache:
         self.used = 0
         self._pass = 0
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._lock = Lock()
 
     def begin_pass(self) -> None:
         self._pass += 1
@@ -330,17 +347,19 @@ class _Cache:
         self._entries.clear()
 
     def get(self, key: Hashable, compute: Callable[[], T]) -> T:
-        entry = self._entries.get(key)
-        if entry is not None:
-            self._entries[key] = entry._replace(used_in=self._pass)
-            self._entries.move_to_end(key)
-            return entry.value  # type: ignore[return-value]
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries[key] = entry._replace(used_in=self._pass)
+                self._entries.move_to_end(key)
+                return entry.value  # type: ignore[return-value]
         value = compute()
         size = int(getattr(value, "nbytes", 64))
-        self._make_room(size)
-        if self.used + size <= self.limit:
-            self._entries[key] = _Entry(value, size, self._pass)
-            self.used += size
+        with self._lock:
+            self._make_room(size)
+            if self.used + size <= self.limit:
+                self._entries[key] = _Entry(value, size, self._pass)
+                self.used += size
         return value
 
     def _make_room(self, size: int) -> None:

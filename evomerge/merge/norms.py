@@ -7,30 +7,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from evomerge.merge.compiled import BLOCK, NO_BASE, base_of, readable, shared_out
-from evomerge.merge.packed import Packed, known
+from evomerge.merge.compiled import NO_BASE, base_of, readable
+from evomerge.merge.mask import Mask
+from evomerge.merge.packed import Packed, known, to_draw
+from evomerge.merge.workers import BLOCK, shared_out
 
 if TYPE_CHECKING:
-    from evomerge.merge.methods._gta import Term
+    from evomerge.merge.methods._gta import Kept, Term
 
 BLOCKS = 15  # summed in one step on a CPU; torch would share more entries out over its threads
 DEVICE_BLOCKS = 1 << 13  # on an accelerator, where launching costs more than memory
 
 
-def l1(terms: Sequence[Term]) -> list[float]:
-    """For each term of a tensor the sum of the magnitudes of its entries, in float64.
+class Measured(NamedTuple):
+    """The L1 norm of a term, and what is kept of it: a mask that had to be drawn is drawn once."""
 
-    Blocks of `BLOCK` entries, the last one filled up with zeros, are halved until one number is left, and
-    the sum of these numbers is rounded once. So its last bit depends on neither chunks, threads nor device.
+    norm: float
+    kept: Kept | None
+
+
+def l1(terms: Sequence[Term]) -> list[Measured]:
+    """For each term of a tensor the sum of the magnitudes of its entries.
+
+    Blocks of `BLOCK` entries, the last one filled up with zeros, are halved until one number is left: twice
+    in the task vector's dtype, then in float64. The sum of these numbers is rounded once. So its last bit
+    depends on neither chunks, threads nor device.
     """
     if terms and all(readable(term.delta) and known(term.kept) for term in terms):
-        return [math.fsum(sums) for sums in _compiled(terms)]
-    return [_by_torch(term) for term in terms]
+        return _compiled(terms)
+    return [Measured(_by_torch(term), term.kept) for term in terms]
 
 
 def _by_torch(term: Term) -> float:
@@ -43,20 +53,23 @@ def _by_torch(term: Term) -> float:
         used = part[: -(-(high - low) // BLOCK) * BLOCK]
         used[high - low :].zero_()
         term.write(low, high, used[: high - low])
-        rows = used.abs().double().view(-1, BLOCK)
+        rows = used.abs().view(-1, BLOCK)
         while rows.shape[1] > 1:
             half = rows.shape[1] // 2
             rows = rows[:, :half] + rows[:, half:]
+            rows = rows.double() if half <= BLOCK // 4 else rows
         sums += rows[:, 0].tolist()
     return math.fsum(sums)
 
 
-def _compiled(terms: Sequence[Term]) -> list[list[float]]:
+def _compiled(terms: Sequence[Term]) -> list[Measured]:
     from evomerge.merge import _loops
 
-    n, packed = terms[0].delta.numel(), Packed(terms)
+    n = terms[0].delta.numel()
+    masks = [torch.empty(n, dtype=torch.bool) if to_draw(term.kept) else None for term in terms]
+    packed = Packed(terms, masks)
     base = next(filter(len, (base_of(term.delta) for term in terms)), NO_BASE)
     sums = np.empty((len(terms), -(-n // BLOCK)), np.float64)
     shared_out(lambda low, high: _loops.sizes(base, packed.arrays, sums, low, high), n)
-    found: list[list[float]] = sums.tolist()
-    return found
+    kepts = [term.kept if mask is None else Mask(mask) for term, mask in zip(terms, masks, strict=True)]
+    return [Measured(math.fsum(row), kept) for row, kept in zip(sums.tolist(), kepts, strict=True)]

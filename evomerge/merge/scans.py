@@ -4,7 +4,7 @@ The word of a magnitude is its bits, so words are in the order of magnitudes; th
 after the sign are its class. numba's loops read a task vector as it is held; torch does the same work on
 accelerators, for float64, for task vectors that are read from files, and without numba.
 
-Imports: numpy, torch, `evomerge.merge.compiled`, `evomerge.sources`.
+Imports: numpy, torch, `evomerge.merge`, `evomerge.sources`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evomerge.merge.compiled import Array, base_of, located, ranges, readable, shared_out
+from evomerge.merge.compiled import Array, base_of, located, readable
+from evomerge.merge.workers import ranges, shared_out
 from evomerge.sources.streamed import TaskVector
 
 CLASS_BITS = 15  # leading bits that name a class: of float32 the exponent and 7 mantissa bits
@@ -181,6 +182,18 @@ def place(delta: TaskVector, word: int, count: int, part: tuple[int, int]) -> in
             return low + int(torch.nonzero(equal)[count - 1])
         count -= some
     raise AssertionError("the task vector is not the one that was indexed")
+
+
+def cut(delta: TaskVector, index: tuple[Any, ...], k: int, early: bool) -> tuple[int, int] | None:
+    """Word and place of the cut that keeps k entries; None where `_counts.cut` does not know it."""
+    if not readable(delta):
+        return None
+    from evomerge.merge._counts import cut as loop
+
+    ((address,), (raw,)) = located([delta])
+    parts = tuple(low for low, _ in parts_of(delta))
+    word, last = loop(address, raw, base_of(delta), index, np.array([*parts, delta.numel()]), k, early)
+    return None if word < 0 else (int(word), int(last))
 
 
 def _shared(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.merge import compiled
+from evomerge.merge import merger as merging
+from evomerge.merge import workers
 from evomerge.merge.compiled import available
 from evomerge.merge.mask import keep_mask
 from evomerge.merge.merger import Merger
@@ -271,13 +272,28 @@ def test_tensors_begun_ahead_by_several_threads_come_in_order_with_the_same_bits
     sources = MemorySources()
     plan = plan_of(SETTINGS[name], sources)
     alone = list(Merger(sources).materialize(plan))
-    monkeypatch.setattr(compiled, "SHARED", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(workers, "SHARED", 1)
+    torch.set_num_threads(3)
     merger = Merger(sources, cache_bytes=1 << 30)
     for _ in range(3):
         together = list(merger.materialize(plan))
         assert [name for name, _ in together] == [name for name, _ in alone]
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(together, alone, strict=True))
+
+
+def test_a_pass_that_is_left_early_leaves_no_thread_merging(monkeypatch):
+    sources, done = MemorySources(), []
+    torch.set_num_threads(2)
+    merger = Merger(sources, cache_bytes=1 << 30)
+    merged = merging._merged
+    monkeypatch.setattr(merging, "_merged", lambda op, inputs: (merged(op, inputs), done.append(op))[0])
+    tensors = merger.materialize(plan_of(SETTINGS["ties"], sources))
+    next(tensors)
+    tensors.close()
+    count = len(done)
+    workers.shared_out(lambda low, high: None, workers.SHARED)
+    workers.pool(2).submit(int).result()
+    assert len(done) == count
 
 
 @pytest.mark.skipif(not available(), reason="the loops that read sources as stored are compiled by numba")

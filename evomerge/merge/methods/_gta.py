@@ -146,16 +146,15 @@ def _rescaled(inputs: TensorInputs, terms: list[Term]) -> list[Term]:
     """Terms with factors that give what they keep the norm of the whole task vector."""
     from evomerge.merge.norms import l1
 
-    cut = [term for term in terms if term.kept is not None]
-    whole = [replace(term, kept=None, factor=1.0) for term in cut]
-    before = [inputs.once(("l1", t.model), lambda t=t: l1([t])[0]) for t in whole]  # type: ignore[misc]
-    after = l1([replace(term, factor=1.0) for term in cut])
-    by = {
-        term.model: old / new
-        for term, old, new in zip(cut, before, after, strict=True)
-        if old >= SMALLEST_NORM and new >= SMALLEST_NORM
-    }
-    return [replace(term, factor=term.weight * by.get(term.model, 1.0)) for term in terms]
+    places = [place for place, term in enumerate(terms) if term.kept is not None]
+    sparse = [replace(terms[place], factor=1.0) for place in places]
+    found = list(terms)
+    for place, term, after in zip(places, sparse, l1(sparse), strict=True):
+        before = inputs.once(("l1", term.model), lambda t=term: l1([replace(t, kept=None)])[0].norm)  # type: ignore[misc]
+        rescaled = before >= SMALLEST_NORM and after.norm >= SMALLEST_NORM
+        factor = term.weight * (before / after.norm) if rescaled else term.weight
+        found[place] = replace(term, kept=after.kept, factor=factor)
+    return found
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ SMALLEST_DIVISOR = 1e-6  # no sum of weights divides by less than this (mergekit
 def kernel(inputs: TensorInputs) -> Kernel:
     """base + sum_i c_i kept_i / max(sum_i c_i, 1e-6) over the models whose kept entry has the elected sign.
 
-    Memory beside the task vectors: one byte per entry from here on, and while this selects, one value in
-    the working dtype more; what is remembered is a few bytes per model.
+    Memory beside the task vectors: one byte per entry from here on. Where positions are selected, their
+    variances are remembered: one value in the working dtype per entry.
     """
     import torch
 
@@ -72,11 +72,12 @@ def selected(inputs: TensorInputs, share: float) -> torch.Tensor:
 
     from evomerge.merge.magnitude import MagnitudeIndex
 
-    spread = variance(inputs.deltas, inputs.base, inputs.dtype)
+    models = inputs.models
+    spread = inputs.once(("variance", *models), lambda: variance(inputs.deltas, inputs.base, inputs.dtype))
     count = int(share * int(spread.count_nonzero()))
     if count == 0:
         return torch.zeros(spread.numel(), dtype=torch.bool, device=spread.device)
-    ranks = inputs.once(("variance", *inputs.models), lambda: MagnitudeIndex(spread))
+    ranks = inputs.once(("variances in order", *models), lambda: MagnitudeIndex(spread))
     cut = ranks.largest(spread, count)
     keep = spread > cut.threshold
     keep[: cut.last + 1] |= spread[: cut.last + 1] == cut.threshold
@@ -115,15 +116,16 @@ def model_weights(inputs: TensorInputs, keep: torch.Tensor | None) -> list[float
     def square(model: str, delta: TaskVector | None) -> float:
         if delta is None:
             return 0.0
-        if keep is not None:
-            return mean_square(delta, keep)
         return inputs.once(("mean square", model), lambda: mean_square(delta, None))
 
     squares = list(map(square, inputs.models, inputs.deltas))
+    equal = [1.0 / len(squares)] * len(squares)
+    if math.fsum(squares) < SMALLEST_SQUARE:  # then that of a part of the positions is no larger
+        return equal
+    if keep is not None:
+        squares = [0.0 if delta is None else mean_square(delta, keep) for delta in inputs.deltas]
     total = math.fsum(squares)
-    if total < SMALLEST_SQUARE:
-        return [1.0 / len(squares)] * len(squares)
-    return [square / total for square in squares]
+    return equal if total < SMALLEST_SQUARE else [square / total for square in squares]
 
 
 def mean_square(delta: TaskVector, keep: torch.Tensor | None) -> float:

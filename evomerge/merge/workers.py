@@ -1,0 +1,73 @@
+"""Threads that merge: each one a whole small tensor, or a part of a large one.
+
+torch uses one thread within them, so that as many tensors are merged side by side as there are cores.
+
+Imports: torch.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+SHARED = 1 << 17  # entries from which work on a tensor is shared out
+BLOCK = 2048  # entries that a compiled loop takes through all of its steps at once
+
+_this = threading.local()
+
+
+def count() -> int:
+    """Threads that work at once may be shared out over: torch's, and 1 within one of them."""
+    return 1 if getattr(_this, "works", False) else torch.get_num_threads()
+
+
+def ranges(n: int, parts: int) -> list[tuple[int, int]]:
+    """[0, n) in about that many ranges of whole blocks; in one where sharing it out does not pay."""
+    if n < SHARED:
+        return [(0, n)]
+    step = -(-n // parts // BLOCK) * BLOCK
+    return [(low, min(low + step, n)) for low in range(0, n, step)]
+
+
+def shared_out(part: Callable[[int, int], T], n: int, parts: int | None = None) -> list[T]:
+    """`part(low, high)` over [0, n) in order, in so many ranges (as many as threads), by all threads."""
+    threads = count()
+    first, *rest = ranges(n, parts or threads)
+    if threads == 1 or not rest:
+        return [part(*each) for each in (first, *rest)]
+    others = [pool(threads).submit(part, *each) for each in rest]
+    found = [part(*first)]
+    for each, other in zip(rest, others, strict=True):  # what no thread has taken by now is done here
+        found.append(part(*each) if other.cancel() else other.result())
+    return found
+
+
+@cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    """As many threads, within which torch and `shared_out` have one."""
+    ready = threading.Barrier(threads + 1)
+
+    def begin() -> None:
+        _this.works = True
+        torch.get_num_threads()  # or torch would set the number of this thread later, to the process's
+        torch.set_num_threads(1)
+        ready.wait()
+
+    before = torch.get_num_threads()
+    started = ThreadPoolExecutor(threads, thread_name_prefix="merge", initializer=begin)
+    for _ in range(threads):
+        started.submit(int)
+    ready.wait()
+    torch.set_num_threads(before)  # of this thread, and of those to come
+    return started
+
+
+os.register_at_fork(after_in_child=pool.cache_clear)  # threads do not survive a fork
