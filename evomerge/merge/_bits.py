@@ -1,7 +1,7 @@
 """Bits, addresses and entries in compiled loops; importing this needs numba.
 
-numba's cache of compiled functions looks at the file of the function alone: after a change here the loops in
-`_one_loop`, `_loops` and `_counts` have to be compiled anew (their files touched).
+numba's cache of compiled functions looks at the file of the function alone: after a change here or of
+`workers.BLOCK` the loops in `_one_loop`, `_loops` and `_counts` have to be compiled anew: touch their files.
 
 Imports: numba, llvmlite, numpy.
 """

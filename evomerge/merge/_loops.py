@@ -26,7 +26,7 @@ from evomerge.merge._bits import (
     widened,
     words_at,
 )
-from evomerge.merge.workers import BLOCK  # ten float32 buffers of this size stay in 80 KiB
+from evomerge.merge.workers import BLOCK
 
 KNOWN, DRAWN, BY_SHORT, BY_INT = (np.uint64(n) for n in (1, 2, 3, 4))  # masks, see `_kept` and `_draw`
 
@@ -149,7 +149,7 @@ def _term(k, terms, base, low, x, keep):
         x[i] *= factors[k]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")  # no test for zero, which would keep it from vectors
 def add(source, target, terms, divisor, scale, start, stop):
     """base + scale * (sum of the terms) / divisor on entries [start, stop); whether all are finite."""
     base, mix, x = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
@@ -172,7 +172,7 @@ def add(source, target, terms, divisor, scale, start, stop):
     return largest < least_infinite(target)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")  # no test for zero, which would keep it from vectors
+@njit(nogil=True, cache=True, error_model="numpy")
 def elect(source, target, terms, weights, normalized, scale, start, stop):
     """As `add`, over the entries whose sign is that of the sum, divided by the weights that agree."""
     xs, base = np.empty((len(weights), BLOCK), np.float32), np.empty(BLOCK, np.float32)

@@ -48,7 +48,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Mask:
-    """The same, drawn once: for accelerators, where drawing costs more than memory.
+    """The same, drawn once: on accelerators, where drawing costs more than memory, and for `norms`.
 
     Attributes:
         keep: `(n,)` bool.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from threading import Lock
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -32,7 +32,7 @@ from evomerge.sources.streamed import TaskVector, from_held
 T = TypeVar("T")
 Read = Callable[[str, str, torch.Tensor], TaskVector | None]  # of a model, a tensor and its flat base
 
-AHEAD_BYTES = 32 << 20  # of tensors that may be begun before they are asked for
+AHEAD_BYTES = 128 << 20  # of tensors and their sources that may be begun before they are asked for
 DEVICE_CHUNK = 1 << 24  # entries per kernel call on an accelerator, where launching costs more than memory
 WHOLE_BYTES = 256 << 20  # without a cache: task vectors of a tensor that are held in memory all at once
 
@@ -167,22 +167,26 @@ class Merger:
         begun: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
         ahead, most = 0, AHEAD_BYTES
         if not self._cache.limit or self._device.type != "cpu" or workers.count() == 1:
-            most = 0  # without a cache, the sources of every tensor that is begun take memory
+            most = 0
         try:
             for op in ops:
                 base = self._base(op.tensor)
-                begun.append((op.tensor, base.nbytes, self._begin(op, base, most // workers.count())))
-                ahead += base.nbytes
+                size = base.nbytes * (1 + len(op.setting.models))
+                begun.append((op.tensor, size, self._begin(op, base, size * workers.count() <= most)))
+                del base
+                ahead += size
                 while begun and (ahead > most or not most):
                     name, size, merging = begun.popleft()
                     ahead -= size
                     yield name, merging.result()
-            for name, _, merging in begun:
+                    del merging
+            while begun:
+                name, size, merging = begun.popleft()
                 yield name, merging.result()
+                del merging
         finally:
             for _, _, merging in begun:
                 merging.cancel()
-            wait([merging for _, _, merging in begun])
 
     def _check_statistics(self, op: TensorOp) -> None:
         kind = METHODS[op.setting.method].spec.needs
@@ -192,10 +196,10 @@ class Merger:
                 raise RecipeError(f"{op.cell}: {lacking(op.setting.method, str(kind), model)}")
 
     def _merge(self, op: TensorOp) -> torch.Tensor:
-        return self._begin(op, self._base(op.tensor), 0).result()
+        return self._begin(op, self._base(op.tensor), small=False).result()
 
-    def _begin(self, op: TensorOp, base: torch.Tensor, small: int) -> Future[torch.Tensor]:
-        """Read the task vectors of a tensor and merge it: a worker does, if it has so few bytes."""
+    def _begin(self, op: TensorOp, base: torch.Tensor, small: bool) -> Future[torch.Tensor]:
+        """Read the task vectors of a tensor and merge it; a worker does the small ones."""
         if not base.is_floating_point() or not op.setting.models or not base.numel():
             return _ended(base)
         method = METHODS[op.setting.method]
@@ -210,7 +214,7 @@ class Merger:
         if all(delta is None for delta in deltas) and method.keeps_base(op.setting):
             return _ended(base)
         # torch's many short calls would have the workers wait for each other
-        in_worker = base.nbytes <= small and method.compiled and self._compiled
+        in_worker = small and method.compiled and self._compiled and base.dtype in DTYPES
         inputs = TensorInputs(
             base=base.reshape(-1),
             deltas=deltas,
@@ -329,7 +333,7 @@ class _Cache:
 
     A candidate is one pass over all tensors. Were an entry of the pass before pushed out by this pass, a
     cache a little too small would never hit; so only entries that a whole pass has not used make room, and
-    what finds no room is not kept. Threads may ask at the same time, for different keys.
+    what finds no room is not kept. Threads may ask at the same time.
     """
 
     def __init__(self, limit: int) -> None:
@@ -343,8 +347,9 @@ class _Cache:
         self._pass += 1
 
     def clear(self) -> None:
-        self.used = 0
-        self._entries.clear()
+        with self._lock:
+            self.used = 0
+            self._entries.clear()
 
     def get(self, key: Hashable, compute: Callable[[], T]) -> T:
         with self._lock:
@@ -357,7 +362,7 @@ class _Cache:
         size = int(getattr(value, "nbytes", 64))
         with self._lock:
             self._make_room(size)
-            if self.used + size <= self.limit:
+            if key not in self._entries and self.used + size <= self.limit:
                 self._entries[key] = _Entry(value, size, self._pass)
                 self.used += size
         return value

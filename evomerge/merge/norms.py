@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from evomerge.merge.methods._gta import Kept, Term
 
 BLOCKS = 15  # summed in one step on a CPU; torch would share more entries out over its threads
+MASK_BYTES = 512 << 20  # of the masks of one tensor; larger ones are drawn again, block by block
 DEVICE_BLOCKS = 1 << 13  # on an accelerator, where launching costs more than memory
 
 
 class Measured(NamedTuple):
-    """The L1 norm of a term, and what is kept of it: a mask that had to be drawn is drawn once."""
+    """The L1 norm of a term, and what is kept of it: its mask, where one was drawn and had room."""
 
     norm: float
     kept: Kept | None
@@ -66,7 +67,8 @@ def _compiled(terms: Sequence[Term]) -> list[Measured]:
     from evomerge.merge import _loops
 
     n = terms[0].delta.numel()
-    masks = [torch.empty(n, dtype=torch.bool) if to_draw(term.kept) else None for term in terms]
+    room = n * len(terms) <= MASK_BYTES
+    masks = [torch.empty(n, dtype=torch.bool) if room and to_draw(term.kept) else None for term in terms]
     packed = Packed(terms, masks)
     base = next(filter(len, (base_of(term.delta) for term in terms)), NO_BASE)
     sums = np.empty((len(terms), -(-n // BLOCK)), np.float64)

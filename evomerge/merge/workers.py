@@ -8,9 +8,11 @@ Imports: torch.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from typing import TypeVar
 
@@ -44,30 +46,50 @@ def shared_out(part: Callable[[int, int], T], n: int, parts: int | None = None) 
     if threads == 1 or not rest:
         return [part(*each) for each in (first, *rest)]
     others = [pool(threads).submit(part, *each) for each in rest]
-    found = [part(*first)]
-    for each, other in zip(rest, others, strict=True):  # what no thread has taken by now is done here
-        found.append(part(*each) if other.cancel() else other.result())
-    return found
+    try:
+        found = [part(*first)]
+        for each, other in zip(rest, others, strict=True):  # what no thread has taken by now is done here
+            found.append(part(*each) if other.cancel() else other.result())
+        return found
+    finally:  # after Ctrl-C, too: what a part reads may be freed when this returns
+        wait([other for other in others if not other.cancel()])
 
 
 @cache
 def pool(threads: int) -> ThreadPoolExecutor:
     """As many threads, within which torch and `shared_out` have one."""
     ready = threading.Barrier(threads + 1)
+    allowed = cores() if sys.platform == "linux" else None
 
     def begin() -> None:
         _this.works = True
+        if allowed:
+            os.sched_setaffinity(0, allowed)
         torch.get_num_threads()  # or torch would set the number of this thread later, to the process's
         torch.set_num_threads(1)
         ready.wait()
 
     before = torch.get_num_threads()
     started = ThreadPoolExecutor(threads, thread_name_prefix="merge", initializer=begin)
-    for _ in range(threads):
-        started.submit(int)
-    ready.wait()
-    torch.set_num_threads(before)  # of this thread, and of those to come
+    try:
+        for _ in range(threads):
+            started.submit(int)
+        ready.wait()
+    except BaseException:  # no thread may wait for one that never came
+        ready.abort()
+        raise
+    finally:
+        torch.set_num_threads(before)  # of this thread, and of those to come
     return started
+
+
+def cores() -> set[int]:
+    """Those that some thread of this process may run on: an engine may have bound this one to one."""
+    found: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended
+            found |= os.sched_getaffinity(int(thread))
+    return found
 
 
 os.register_at_fork(after_in_child=pool.cache_clear)  # threads do not survive a fork

@@ -11,7 +11,7 @@ import torch
 
 from evomerge.merge import compiled, fused, norms, workers
 from evomerge.merge.magnitude import Cut
-from evomerge.merge.mask import Drawn
+from evomerge.merge.mask import Drawn, Mask
 from evomerge.merge.methods import METHODS, SPECS
 from evomerge.merge.methods._gta import GtaKernel, Term
 from evomerge.merge.methods._method import CHUNK, TensorInputs
@@ -141,6 +141,20 @@ def test_sources_as_stored_give_the_bits_of_their_task_vectors(name):
     assert merged > 8
 
 
+@pytest.mark.parametrize("count", [3, fused.ONE_LOOP + 1])
+@pytest.mark.parametrize("name", FUSED)
+def test_any_number_of_sources_as_stored_gives_the_bits_of_torch(name, count):
+    usual = {"weight": 0.4, "density": 0.6, "gamma": 0.05, "epsilon": 0.2}
+    values = {key: usual[key] for key in SPECS[name].per_model}
+    setting = Setting(name, {}, {f"m{number}": values for number in range(count)})
+    inputs = inputs_of(setting, torch.bfloat16, 5)
+    generator = torch.Generator().manual_seed(6)
+    sources = [inputs.base + torch.randn(N, generator=generator).mul_(0.02) for _ in range(count)]
+    deltas = [RawDelta(source.bfloat16(), inputs.base) for source in sources]
+    inputs = replace(inputs, deltas=deltas, seeds=tuple(range(count)) if inputs.seeds else ())
+    assert same_bits(by_numba(inputs)[0], by_torch(inputs))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_number_of_threads_does_not_change_a_bit(threads, monkeypatch):
     setting = Setting("ties", {}, {m: {"weight": 0.5, "density": 0.3} for m in "abc"})
@@ -184,6 +198,18 @@ def some_terms() -> dict[str, Term]:
 def test_norms_of_several_terms_are_those_of_each():
     together = [term for name, term in some_terms().items() if name != "short"]
     assert [found.norm for found in norms.l1(together)] == [norms.l1([term])[0].norm for term in together]
+
+
+def test_a_mask_is_drawn_once_unless_it_is_too_large_to_keep(monkeypatch):
+    term = some_terms()["drawn"]
+    (kept,) = norms.l1([term])
+    assert isinstance(kept.kept, Mask)
+    found, wanted = torch.empty(N), torch.empty(N)
+    replace(term, kept=kept.kept).write(0, N, found)
+    term.write(0, N, wanted)
+    assert same_bits(found, wanted)
+    monkeypatch.setattr(norms, "MASK_BYTES", N - 1)
+    assert norms.l1([term]) == [norms.Measured(kept.norm, term.kept)]
 
 
 @pytest.mark.parametrize("name", some_terms())

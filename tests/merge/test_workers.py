@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -45,10 +46,45 @@ def test_a_worker_shares_nothing_out():
 def test_what_busy_threads_do_not_take_is_done_by_the_one_that_asks():
     free = threading.Event()
     busy = [pool(2).submit(free.wait) for _ in range(2)]
-    idents = shared_out(lambda low, high: threading.get_ident(), N, 4)
+    try:
+        idents = shared_out(lambda low, high: threading.get_ident(), N, 4)
+    finally:
+        free.set()
     assert set(idents) == {threading.get_ident()}
-    free.set()
     assert all(each.result() for each in busy)
+
+
+def test_after_an_error_no_part_is_still_running():
+    started, ended = threading.Event(), threading.Event()
+
+    def part(low: int, high: int) -> None:
+        if not low:
+            assert started.wait(20)
+            raise ValueError("the first part")
+        started.set()
+        time.sleep(0.2)
+        ended.set()
+
+    with pytest.raises(ValueError, match="the first part"):
+        shared_out(part, N, 2)
+    assert ended.is_set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are bound to cores on Linux only")
+def test_workers_run_on_every_core_of_the_process_where_the_caller_is_bound_to_one():
+    code = """
+import os, threading, torch
+from evomerge.merge.workers import pool
+torch.set_num_threads(2)
+before, end = os.sched_getaffinity(0), threading.Event()
+thread = threading.Thread(target=end.wait)  # holds all cores, as the others of an engine do
+thread.start()
+os.sched_setaffinity(0, {min(before)})
+found = pool(2).submit(os.sched_getaffinity, 0).result()
+end.set()
+assert found == before, (found, before)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_small_tensor_is_not_shared_out():

@@ -32,8 +32,8 @@ SMALLEST_DIVISOR = 1e-6  # no sum of weights divides by less than this (mergekit
 def kernel(inputs: TensorInputs) -> Kernel:
     """base + sum_i c_i kept_i / max(sum_i c_i, 1e-6) over the models whose kept entry has the elected sign.
 
-    Memory beside the task vectors: one byte per entry from here on. Where positions are selected, their
-    variances are remembered: one value in the working dtype per entry.
+    Memory beside the task vectors: one byte per entry from here on, and while this selects, one value in
+    the working dtype more; what is remembered is a few bytes per model.
     """
     import torch
 
@@ -72,12 +72,11 @@ def selected(inputs: TensorInputs, share: float) -> torch.Tensor:
 
     from evomerge.merge.magnitude import MagnitudeIndex
 
-    models = inputs.models
-    spread = inputs.once(("variance", *models), lambda: variance(inputs.deltas, inputs.base, inputs.dtype))
+    spread = variance(inputs.deltas, inputs.base, inputs.dtype)
     count = int(share * int(spread.count_nonzero()))
     if count == 0:
         return torch.zeros(spread.numel(), dtype=torch.bool, device=spread.device)
-    ranks = inputs.once(("variances in order", *models), lambda: MagnitudeIndex(spread))
+    ranks = inputs.once(("variance", *inputs.models), lambda: MagnitudeIndex(spread))
     cut = ranks.largest(spread, count)
     keep = spread > cut.threshold
     keep[: cut.last + 1] |= spread[: cut.last + 1] == cut.threshold
