@@ -56,13 +56,14 @@ def main() -> None:
         names = [f"model{i}" for i in range(arguments.models)]
         for seed, name in enumerate(["base", *names]):
             make_model(folder / name, shapes, seed)
-        rows = [merge(folder, names, method, arguments.limit) for method in arguments.methods]
+        rows = []
+        for method in arguments.methods:  # written after each one: the later ones take minutes
+            rows.append(merge(folder, names, method, arguments.limit))
+            print(*rows[-1], flush=True)
+            text = report(rows, shapes, arguments)
+            (ROOT / "benchmarks" / "memory.md").write_text(text, encoding="utf-8")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    size = entries(shapes) * 2
-    largest = max(math.prod(shape) for shape in shapes.values()) * 4
-    text = report(rows, size, largest, arguments)
-    (ROOT / "benchmarks" / "memory.md").write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -131,8 +132,10 @@ def merge(folder: Path, names: list[str], method: str, limit: float) -> list[str
     return [method, f"{usage.ru_maxrss * 1024 / 1e9:.2f}", f"{seconds:.0f}"]
 
 
-def report(rows: list[list[str]], size: int, largest: int, arguments: argparse.Namespace) -> str:
+def report(rows: list[list[str]], shapes: Shapes, arguments: argparse.Namespace) -> str:
     """The whole page."""
+    size = entries(shapes) * 2
+    largest = max(math.prod(shape) for shape in shapes.values()) * 4
     bound = 1 + 6 * largest / 1e9
     paragraphs = [
         "# Memory of a merge",
