@@ -99,9 +99,9 @@ class Merger:
             there = DeviceSources(sources, self._device, self._cache, self._host_cache)
             self._on_device = DevicePass(there, self._device, self._cache, self._merge, _not_finite)
         on_cpu = self._device.type == "cpu"
+        self._compiled = on_cpu and available()
         threads = workers.count()
         # torch shares a chunk of more than CHUNK out over its threads; two apiece pay for waking them
-        self._compiled = on_cpu and available()
         self._chunk = (CHUNK * 2 * threads if threads > 1 else CHUNK) if on_cpu else DEVICE_CHUNK
 
     @property
@@ -167,7 +167,7 @@ class Merger:
         begun: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
         ahead, most = 0, AHEAD_BYTES
         if not self._cache.limit or self._device.type != "cpu" or workers.count() == 1:
-            most = 0
+            most = 0  # without a cache nothing is held but what is merged
         try:
             for op in ops:
                 base = self._base(op.tensor)

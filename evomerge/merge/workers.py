@@ -64,7 +64,8 @@ def pool(threads: int) -> ThreadPoolExecutor:
     def begin() -> None:
         _this.works = True
         if allowed:
-            os.sched_setaffinity(0, allowed)
+            with suppress(OSError):  # a core may have been taken away in the meantime
+                os.sched_setaffinity(0, allowed)
         torch.get_num_threads()  # or torch would set the number of this thread later, to the process's
         torch.set_num_threads(1)
         ready.wait()
@@ -84,7 +85,7 @@ def pool(threads: int) -> ThreadPoolExecutor:
 
 
 def cores() -> set[int]:
-    """Those that some thread of this process may run on: an engine may have bound this one to one."""
+    """Those that any thread of this process may run on; an engine may have bound the calling one to one."""
     found: set[int] = set()
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it has ended
@@ -92,4 +93,5 @@ def cores() -> set[int]:
     return found
 
 
-os.register_at_fork(after_in_child=pool.cache_clear)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=pool.cache_clear)
