@@ -41,6 +41,7 @@ from evomerge.study.fixed import fixed_recipes
 from evomerge.study.scoring import Scorebook
 from evomerge.study.storage import JOURNAL, TrialLog
 from evomerge.study.study import Observer, Plan, Stage, Study
+from evomerge.yamlfile import file_size
 
 CONFIG = "config.json"  # what a run was started with, in its directory
 ENGINE_LOG = "engine.log"  # what vLLM prints, in the run directory
@@ -245,9 +246,9 @@ class Run:
         for note in export_recipe(best, winner.recipe, parts.sources, parts.layout, result):
             self.say(note)
         if parts.loaded.config.export.model and not (best / "model").exists():
-            shard_gb = parts.loaded.config.export.max_shard_gb
+            size = parts.loaded.config.export.max_shard_size
             opened = (winner.recipe, parts.sources, parts.layout)
-            _write_winner(self.folder, best / "model", opened, parts.loaded.name, shard_gb)
+            _write_winner(self.folder, best / "model", opened, parts.loaded.name, size)
 
 
 EXPORT_SECONDS = 10.0  # kept back for writing the outcome and the recipes
@@ -338,7 +339,7 @@ def resume_search(run_dir: Path | str, *, observer: Observer | None = None, say:
 
 
 def export_run(
-    run_dir: Path, *, model: bool = False, folder: Path | None = None, max_shard_gb: float = 5.0
+    run_dir: Path, *, model: bool = False, folder: Path | None = None, max_shard_size: str | int = "5GB"
 ) -> list[Path]:
     """Write a finished run's winner as a model folder (default `best/model`); returns what there is.
 
@@ -351,19 +352,19 @@ def export_run(
     if not recipe.exists():
         raise RunDirError(f"{run_dir}: the run has no winner yet; go on with `evomerge resume {run_dir}`")
     if model:
-        target = folder or best / "model"
-        _write_winner(run_dir, target, open_recipe(recipe), target.name, max_shard_gb)
+        target, size = folder or best / "model", file_size(max_shard_size, "max_shard_size")
+        _write_winner(run_dir, target, open_recipe(recipe), target.name, size)
         return [*sorted(best.glob("*.yaml")), target]
     return sorted(best.glob("*.yaml"))
 
 
 def _write_winner(
-    run_dir: Path, target: Path, opened: tuple[Recipe, SourceSet, Layout], name: str, shard_gb: float
+    run_dir: Path, target: Path, opened: tuple[Recipe, SourceSet, Layout], name: str, max_shard_bytes: int
 ) -> None:
     """The winner of a run as a model folder, its card with the run's outcome."""
     recipe, sources, layout = opened
     card = model_card(name, recipe, sources, (run_dir / "outcome.md").read_text(encoding="utf-8"))
-    export_model(target, recipe, sources, layout, max_shard_bytes=int(shard_gb * 1e9), card=card)
+    export_model(target, recipe, sources, layout, max_shard_bytes=max_shard_bytes, card=card)
 
 
 def begun_with(run_dir: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ RunFile = Annotated[
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUNDIR", help="A run's directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]
-Shard = Annotated[float, typer.Option(help="Largest size of one file of weights, in GB.", min=0.001)]
+Shard = Annotated[str, typer.Option(help="Largest size of one file of weights: 500MB, 5GB, 2GiB.")]
 
 
 def main() -> None:
@@ -130,7 +130,7 @@ def status(run_dir: RunDir, as_json: AsJson = False) -> None:
 def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Our recipe, or a mergekit YAML.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to write.")],
-    max_shard_gb: Shard = 5.0,
+    max_shard_size: Shard = "5GB",
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32; default: that of the base.")
     ] = None,
@@ -155,7 +155,7 @@ def merge(
     written = merge_model(
         recipe,
         folder,
-        max_shard_gb=max_shard_gb,
+        max_shard_size=max_shard_size,
         dtype=dtype,
         allow_changed=allow_changed,
         mergekit_rng=mergekit_rng,
@@ -208,12 +208,12 @@ def export(
     run_dir: RunDir,
     model: Annotated[bool, typer.Option("--model", help="Write the model folder too.")] = False,
     folder: Annotated[Path | None, typer.Option("--out", help="Where to; default RUNDIR/best/model.")] = None,
-    max_shard_gb: Shard = 5.0,
+    max_shard_size: Shard = "5GB",
 ) -> None:
     """Show a finished run's recipes and, with --model, write its winner as a model folder."""
     from evomerge.build import export_run
 
-    for path in export_run(run_dir, model=model, folder=folder, max_shard_gb=max_shard_gb):
+    for path in export_run(run_dir, model=model, folder=folder, max_shard_size=max_shard_size):
         out.print(path, highlight=False, soft_wrap=True)
 
 

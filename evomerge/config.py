@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError
 from evomerge.resources import find_resource
 from evomerge.sources.reference import SourceRef, expand, looks_like_path
 from evomerge.space import SearchSpace
-from evomerge.yamlfile import Section, load_yaml, validate
+from evomerge.yamlfile import FileSize, Section, load_yaml, validate
 
 
 class Source(Section):
@@ -147,7 +147,7 @@ class ExportConfig(Section):
     """What is written besides the recipes."""
 
     model: bool = False
-    max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
+    max_shard_size: FileSize = ByteSize(5_000_000_000)
 
 
 class RunConfig(Section):

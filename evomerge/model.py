@@ -24,6 +24,7 @@ from evomerge.recipe import Recipe
 from evomerge.sources.layout import Layout
 from evomerge.sources.reference import SourceRef
 from evomerge.sources.source_set import SourceSet
+from evomerge.yamlfile import file_size
 
 WRITTEN = ("bfloat16", "float16", "float32")  # dtypes that a model can be written in
 
@@ -56,7 +57,7 @@ def merge_model(
     recipe: Path | str,
     out: Path | str,
     *,
-    max_shard_gb: float = 5.0,
+    max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     allow_changed: bool = False,
     mergekit_rng: int | None = None,
@@ -65,7 +66,8 @@ def merge_model(
     """Merge a recipe file, or a mergekit YAML, into a model folder; returns the folder.
 
     Tensors are merged in float32 and rounded once: to `dtype` (a torch name), or each to its own in the base
-    (None; a mergekit file may say otherwise). A merge that was killed goes on at its first missing shard.
+    (None; a mergekit file may say otherwise). A merge that was killed goes on at its first missing shard. No
+    file is larger than `max_shard_size`, bytes or a size such as `500MB`, but where one tensor is.
 
     `mergekit_rng` (mergekit files only) draws the masks that mergekit draws with that `--random-seed`; see
     `evomerge.merge.replay` for when the result has mergekit's bits.
@@ -75,7 +77,7 @@ def merge_model(
     """
     if dtype not in (None, *WRITTEN):
         raise ConfigError(f"dtype is {dtype!r}; it can be {', '.join(WRITTEN)}")
-    path, max_shard_bytes = Path(recipe), int(max_shard_gb * 1e9)
+    path, max_shard_bytes = Path(recipe), file_size(max_shard_size, "max_shard_size")
     if is_mergekit(path):
         return merge_mergekit(
             path, Path(out), max_shard_bytes=max_shard_bytes, dtype=dtype, mergekit_rng=mergekit_rng, say=say

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
 from evomerge.errors import ConfigError
 
@@ -237,3 +237,19 @@ def _step(annotation: Any, key: Key) -> Iterator[Any]:
     elif get_args(annotation):
         arguments = [argument for argument in get_args(annotation) if argument is not Ellipsis]
         yield arguments[-1]
+
+
+FileSize = Annotated[ByteSize, Field(ge=1_000_000)]  # a bare 5 is 5 bytes and most likely a mistake
+
+
+def file_size(size: str | int, name: str) -> int:
+    """The bytes of `500MB`, `5GB` or `2GiB`, or a number of bytes; `name` is what the user knows it by.
+
+    Raises:
+        ConfigError: it is not a size, or below 1 MB.
+    """
+    try:
+        return int(TypeAdapter(FileSize).validate_python(size))
+    except ValidationError as error:
+        allowed = "a size of at least 1MB, such as 500MB, 5GB or 2GiB"
+        raise ConfigError(f"{name} is {size!r}; it can be {allowed}") from error

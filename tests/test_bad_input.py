@@ -229,6 +229,14 @@ def test_a_dtype_that_models_are_not_written_in(world: World, command: Command):
     assert "dtype is 'int8'; it can be bfloat16, float16, float32" in err
 
 
+def test_a_size_of_files_without_a_unit(world: World, command: Command):
+    code, _, err = command(
+        "merge", world.folder / "recipe.yaml", world.folder / "out", "--max-shard-size", "5"
+    )
+    assert code == 2
+    assert "max_shard_size is '5'; it can be a size of at least 1MB, such as 500MB, 5GB or 2GiB" in err
+
+
 @pytest.mark.parametrize("words", [["merge", "none.yaml", "out"], ["evaluate", "./none", "none.yaml"]])
 def test_other_commands_refuse_missing_files_too(command: Command, words: list[str]):
     code, _, err = command(*words)

@@ -11,6 +11,7 @@ from evomerge.config import RunConfig, differences, load_config
 from evomerge.errors import ConfigError
 from evomerge.resources import find_resource
 from evomerge.template import TEMPLATE, write_template
+from evomerge.yamlfile import file_size
 
 SMALLEST = {
     "base_model": "./base",
@@ -86,6 +87,21 @@ def test_a_space_may_be_named_written_out_or_given_as_a_path(tmp_path: Path):
 def test_a_stage_may_name_alternative_spaces(tmp_path: Path):
     loaded = load_config(write(tmp_path, search={"stages": [{"space": ["global", "ties"]}]}))
     assert [name for name, _, _ in loaded.spaces(0)] == ["1:global", "1:ties"]
+
+
+@pytest.mark.parametrize(("written", "size"), [("500MB", 500_000_000), ("2GiB", 2 << 30), (10**9, 10**9)])
+def test_a_file_size_has_a_unit_or_is_a_number_of_bytes(tmp_path: Path, written: str | int, size: int):
+    loaded = load_config(write(tmp_path, export={"max_shard_size": written}))
+    assert loaded.config.export.max_shard_size == size
+    assert file_size(written, "max_shard_size") == size
+
+
+@pytest.mark.parametrize("written", ["5", 5, "many", "-1GB"])
+def test_a_file_size_that_is_none_or_tiny_is_refused(tmp_path: Path, written: str | int):
+    with pytest.raises(ConfigError, match=r"export\.max_shard_size"):
+        load_config(write(tmp_path, export={"max_shard_size": written}))
+    with pytest.raises(ConfigError, match=f"max_shard_size is {written!r}; .* such as 500MB, 5GB or 2GiB"):
+        file_size(written, "max_shard_size")
 
 
 def test_an_unknown_space_names_the_nearest(tmp_path: Path):
