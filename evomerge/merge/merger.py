@@ -164,7 +164,7 @@ class Merger:
 
     def _in_order(self, ops: Iterable[TensorOp]) -> Iterator[tuple[str, torch.Tensor]]:
         """Merge tensors; small ones by compiled loops side by side, a few before they are asked for."""
-        begun: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
+        begun: deque[_Begun] = deque()
         ahead, most = 0, AHEAD_BYTES
         if not self._cache.limit or self._device.type != "cpu" or workers.count() == 1:
             most = 0  # without a cache nothing is held but what is merged
@@ -172,21 +172,18 @@ class Merger:
             for op in ops:
                 base = self._base(op.tensor)
                 size = base.nbytes * (1 + len(op.setting.models))
-                begun.append((op.tensor, size, self._begin(op, base, size * workers.count() <= most)))
-                del base
+                merging = self._begin(op, base, size * workers.count() <= most)
+                begun.append(_Begun(op.tensor, size, merging))
+                del base, merging  # what is given is not held while the next is read
                 ahead += size
-                while begun and (ahead > most or not most):
-                    name, size, merging = begun.popleft()
-                    ahead -= size
-                    yield name, merging.result()
-                    del merging
+                while ahead > most:
+                    ahead -= begun[0].size
+                    yield begun[0].tensor, begun.popleft().merging.result()
             while begun:
-                name, size, merging = begun.popleft()
-                yield name, merging.result()
-                del merging
+                yield begun[0].tensor, begun.popleft().merging.result()
         finally:
-            for _, _, merging in begun:
-                merging.cancel()
+            for each in begun:
+                each.merging.cancel()
 
     def _check_statistics(self, op: TensorOp) -> None:
         kind = METHODS[op.setting.method].spec.needs
@@ -282,6 +279,14 @@ class Merger:
     def statistics_rms(self, model: str, kind: str) -> float:
         """Their root mean square over all tensors of the model."""
         return self._sources.statistics[model].rms(kind)
+
+
+class _Begun(NamedTuple):
+    """A tensor that is being merged, or waits for that."""
+
+    tensor: str
+    size: int  # bytes, with those of its sources
+    merging: Future[torch.Tensor]
 
 
 def _merged(op: TensorOp, inputs: TensorInputs) -> torch.Tensor:

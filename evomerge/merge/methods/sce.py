@@ -115,16 +115,15 @@ def model_weights(inputs: TensorInputs, keep: torch.Tensor | None) -> list[float
     def square(model: str, delta: TaskVector | None) -> float:
         if delta is None:
             return 0.0
+        if keep is not None:
+            return mean_square(delta, keep)
         return inputs.once(("mean square", model), lambda: mean_square(delta, None))
 
     squares = list(map(square, inputs.models, inputs.deltas))
-    equal = [1.0 / len(squares)] * len(squares)
-    if math.fsum(squares) < SMALLEST_SQUARE:  # then that of a part of the positions is no larger
-        return equal
-    if keep is not None:
-        squares = [0.0 if delta is None else mean_square(delta, keep) for delta in inputs.deltas]
     total = math.fsum(squares)
-    return equal if total < SMALLEST_SQUARE else [square / total for square in squares]
+    if total < SMALLEST_SQUARE:
+        return [1.0 / len(squares)] * len(squares)
+    return [square / total for square in squares]
 
 
 def mean_square(delta: TaskVector, keep: torch.Tensor | None) -> float:
